@@ -1,0 +1,26 @@
+"""Factors: all that an expert parameterisation may say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """The stacked low-rank factors of one layer's experts.
+
+    The update of a token with gates g is ``B diag(scale) mix(A x; g)``. The shapes say which mix:
+
+    - blocks: A [R, D], B [O, R]; unit u gates ranks u*R/G to (u+1)*R/G.
+    - shared A: A [r, D], B [O, G*r]; every unit gates its own copy of A x.
+    - routed core: core [G, r, r], A [r, D], B [O, r]; the gates mix cores, ``sum_u g_u core_u A x``.
+
+    scale: [columns of B] float32, for instance lora_alpha / r.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: Tensor
+    core: Tensor | None = None

@@ -1,0 +1,190 @@
+"""Tape: the state of one forward pass, and Port: where the layers of one model find the current tape.
+
+The model opens a tape around each forward; a layer asks the port for its view of it and hands that to
+its router and losses. Nothing is left on modules or globals, so two forwards may precede one backward,
+and a recomputed (checkpointed) region replays its own tape: recording is muted, computing is not, and
+the choices of units made in the first pass are reused.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moelora.core.errors import MoeloraError
+from moelora.core.route import Route
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One adapted place.
+
+    name: module path in the base model. index: position among all sites. stream: which tokens it reads,
+    ``"input"``, or in an encoder-decoder ``"decoder"``.
+    """
+
+    name: str
+    index: int
+    in_features: int
+    out_features: int
+    stream: str = "input"
+
+
+@dataclass
+class Tape:
+    """One forward pass of one model.
+
+    mask: per stream, [B, S] bool, True for real tokens; a missing stream has only real tokens.
+    task: [B] or [B, S] int64 task ids, -1 where unknown.
+    positions: [B, S] position ids, zero at each start of a packed sequence.
+    with_terms: whether layers compute their auxiliary terms in this pass.
+    """
+
+    mask: dict[str, Tensor] = field(default_factory=dict)
+    task: Tensor | None = None
+    positions: Tensor | None = None
+    with_terms: bool = False
+    terms: dict[str, list[Tensor]] = field(default_factory=dict)
+    load: dict[int, Tensor] = field(default_factory=dict)
+    observer: Callable[[View, Route], None] | None = None
+    _choices: list[Tensor] | None = None
+    _replay: Iterator[Tensor] | None = None
+
+    @property
+    def recording(self) -> bool:
+        """False while a checkpointed region is being recomputed."""
+        return self._replay is None
+
+    def view(self, site: Site, shape: torch.Size) -> View:
+        """What ``site`` may know of this pass; ``shape`` is its input's without the feature axis."""
+        mask = self.mask.get(site.stream)
+        if mask is not None and mask.shape != shape:
+            # Decoding with a cache: the mask covers the past too. Other shapes are not sequences (a pooled state).
+            fits = len(shape) == 2 and mask.shape[0] == shape[0] and mask.shape[1] > shape[1]
+            mask = mask[:, mask.shape[1] - shape[1] :] if fits else None
+        return View(self, site, shape, None if mask is None else mask.reshape(-1), self._task(shape))
+
+    def _task(self, shape: torch.Size) -> Tensor | None:
+        if self.task is None or not shape or self.task.shape[0] != shape[0]:
+            return None
+        if self.task.shape == shape:
+            return self.task.reshape(-1)
+        per_sequence = self.task if self.task.dim() == 1 else self.task[:, -1]
+        return per_sequence.view(-1, *[1] * (len(shape) - 1)).expand(shape).reshape(-1)
+
+    @contextmanager
+    def remember(self, choices: list[Tensor]) -> Iterator[None]:
+        """Keep the choices made inside, for a later replay of the same code."""
+        outer, self._choices = self._choices, choices
+        try:
+            yield
+        finally:
+            self._choices = outer
+
+    @contextmanager
+    def replay(self, choices: list[Tensor]) -> Iterator[None]:
+        """Repeat the choices in order and record nothing."""
+        outer, self._replay = self._replay, iter(choices)
+        try:
+            yield
+        finally:
+            self._replay = outer
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One layer's view of the tape during one call.
+
+    shape: the input's shape without features, T = its product. mask: [T] bool or None.
+    task: [T] int64, -1 where unknown, or None.
+    """
+
+    tape: Tape
+    site: Site
+    shape: torch.Size
+    mask: Tensor | None
+    task: Tensor | None
+
+    def once(self, choose: Callable[[], Tensor]) -> Tensor:
+        """``choose()``, or what it gave in the first pass when a checkpointed region is recomputed.
+
+        Near ties may fall differently the second time, and gradients would then belong to other experts.
+        """
+        tape = self.tape
+        if tape._replay is not None:
+            return next(tape._replay)
+        chosen = choose()
+        if tape._choices is not None:
+            tape._choices.append(chosen)
+        return chosen
+
+    def add(self, name: str, term: Tensor) -> None:
+        """Record a scalar auxiliary term of this site."""
+        if self.tape.recording:
+            self.tape.terms.setdefault(name, []).append(term)
+
+    def count(self, load: Tensor) -> None:
+        """Record how many tokens chose each unit, [G], for balance updates after the optimiser step."""
+        if self.tape.recording:
+            seen = self.tape.load.get(self.site.index)
+            self.tape.load[self.site.index] = load if seen is None else seen + load
+
+    def observe(self, route: Route) -> None:
+        """Show the route to whoever collects statistics of this pass."""
+        if self.tape.recording and self.tape.observer is not None:
+            self.tape.observer(self, route)
+
+
+class Port:
+    """The one place where the layers of a model find its current tape. Shared by reference, not a module."""
+
+    def __init__(self) -> None:
+        self.enabled = True
+        self.tape: Tape | None = None
+        self.collectors: list[Collector] = []
+        self.load: dict[int, Tensor] = {}  # per site, since the last optimiser step
+        self._thread: int | None = None
+
+    @contextmanager
+    def on(self, tape: Tape) -> Iterator[Tape]:
+        """Make ``tape`` the current one."""
+        me = threading.get_ident()
+        if self.tape is not None and self._thread != me:
+            raise MoeloraError(
+                "this model is already in a forward pass of another thread, as nn.DataParallel and threaded servers "
+                "do it; start one process per GPU (torchrun, accelerate launch), or guard the model with a lock"
+            )
+        outer, self.tape, self._thread = (self.tape, self._thread), tape, me
+        try:
+            yield tape
+        finally:
+            self.tape, self._thread = outer
+
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """(forward, recompute) contexts of one region, for ``torch.utils.checkpoint(context_fn=...)``."""
+        tape = self.tape
+        if tape is None:
+            return nullcontext(), nullcontext()
+        choices: list[Tensor] = []
+        return tape.remember(choices), self._recompute(tape, choices)
+
+    @contextmanager
+    def _recompute(self, tape: Tape, choices: list[Tensor]) -> Iterator[None]:
+        with self.on(tape), tape.replay(choices):
+            yield
+
+
+@dataclass
+class Collector:
+    """Takes the auxiliary terms of the forwards inside ``moelora.model.collect`` into its own hands.
+
+    terms: name to scalar, one dict per forward. observer: called with every (View, Route), or None.
+    """
+
+    observer: Callable[[View, Route], None] | None = None
+    terms: list[dict[str, Tensor]] = field(default_factory=list)

@@ -1,0 +1,27 @@
+"""Kaiming-uniform A, zero B: the model starts as the base model, bit for bit.
+
+Paper: Hu et al., LoRA, arXiv 2106.09685 (their released code: uniform with a = sqrt(5), that is
+U(-1/sqrt(D), 1/sqrt(D))). Recipe line: ``init: {name: kaiming}``
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from moelora.core.errors import ConfigError
+from moelora.init.base import Init
+
+
+class Kaiming(Init):
+    """LoRA's own initialisation, per expert."""
+
+    @torch.no_grad()
+    def __call__(self, experts: nn.Module) -> None:
+        parameters = dict(experts.named_parameters())
+        if parameters.keys() != {"lora_A", "lora_B"}:
+            raise ConfigError(f"init kaiming sets lora_A and lora_B; {type(experts).__name__} has {sorted(parameters)}")
+        nn.init.kaiming_uniform_(parameters["lora_A"], a=math.sqrt(5))
+        nn.init.zeros_(parameters["lora_B"])

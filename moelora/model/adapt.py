@@ -1,0 +1,120 @@
+"""adapt: put experts and routers into a model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from moelora.core.errors import ConfigError
+from moelora.core.methods import Methods
+from moelora.model.config import AdapterConfig, build_init, build_losses, build_site, resolve
+from moelora.model.layer import RoutedLinear
+from moelora.model.routed import Adaptation, RoutedModel, routed_layers
+from moelora.targets.named import select
+
+Base = TypeVar("Base", bound=nn.Module)
+
+
+def adapt(
+    model: Base,
+    config: AdapterConfig | Mapping[str, Any] | str | Path,
+    *,
+    plugins: Iterable[str | Path] = (),
+    verbose: bool = True,
+) -> Base:
+    """Freeze ``model``, give its target layers experts and routers, and return it: the same object, still its own class.
+
+    config: an AdapterConfig, a dict, or the path of a YAML file with the same keys. plugins: files with methods of your
+    own. verbose: print what was adapted. New parameters are float32 (float64 in a float64 model) on the device of
+    their layer. Raises ConfigError or TargetError, and then leaves the model as it was.
+
+        model = moelora.adapt(model, {"router": {"name": "smora", "top_k": 8}, "experts": {"r": 64}})
+    """
+    methods = Methods(plugins)
+    attach(model, resolve(config, methods), methods, initialise=True)
+    if verbose and _main_process():
+        print_table(model)
+    return model
+
+
+def attach(model: nn.Module, config: AdapterConfig, methods: Methods, initialise: bool) -> None:
+    """``adapt`` with a resolved configuration; the experts stay empty unless ``initialise``."""
+    if isinstance(model, RoutedModel):
+        raise ConfigError("this model has experts already; start from a fresh base model")
+    sites = select(
+        model, config.target_modules, config.exclude_modules, config.layers_to_transform, config.layers_pattern
+    )
+    losses = build_losses(config, methods)
+    record = Adaptation(config, methods, sites, losses, fingerprint(model, [site.name for site in sites]))
+    init = build_init(config, methods)
+    model.requires_grad_(False)
+    for site in sites:
+        base_layer = model.get_submodule(site.name)
+        weight = base_layer.weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        with torch.device(weight.device):
+            router, experts = build_site(config, methods, site)
+        router, experts = router.to(dtype), experts.to(dtype)
+        if initialise:
+            init(experts)
+        layer = RoutedLinear(base_layer, site, experts, router, losses, record.port, config.experts.lora_dropout)
+        parent, _, child = site.name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.train(base_layer.training))
+    cls = type(model)
+    model.__class__ = type(cls.__name__, (RoutedModel, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    model.moelora = record  # type: ignore[assignment]
+
+
+def fingerprint(model: nn.Module, names: list[str]) -> str | None:
+    """A hash of the base weights under the adapter: shapes of all, values of the first and the last layer.
+
+    Values are sampled and rounded to bfloat16, so the same checkpoint loaded in another dtype agrees. None when weights
+    are not there to read (meta device, partitioned).
+    """
+    digest = hashlib.sha256()
+    weights = [model.get_submodule(name).weight for name in names]
+    for name, weight in zip(names, weights, strict=True):
+        digest.update(f"{name}:{tuple(weight.shape)};".encode())
+    for weight in (weights[0], weights[-1]):
+        if weight.device.type == "meta" or weight.numel() == 0:
+            return None
+        if weight.is_floating_point():
+            flat = weight.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 256)].cpu().to(torch.bfloat16)
+            digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def print_table(model: nn.Module) -> None:
+    """One row per kind of adapted layer, and the trainable share of the whole."""
+    from rich.console import Console
+    from rich.table import Table
+
+    kinds: dict[tuple[str, int, int], list[RoutedLinear]] = {}
+    for layer in routed_layers(model):
+        kinds.setdefault((layer.site.name.rsplit(".", 1)[-1], layer.in_features, layer.out_features), []).append(layer)
+    table = Table("target", "layers", "in -> out", "experts", "router", "trainable")
+    for (name, wide, out), layers in kinds.items():
+        experts, router = layers[0].experts, layers[0].router
+        trainable = sum(p.numel() for layer in layers for p in layer.parameters() if p.requires_grad)
+        size = f"{experts.num_experts} x r={experts.r}"
+        table.add_row(name, str(len(layers)), f"{wide} -> {out}", size, type(router).__name__, f"{trainable:,}")
+    trainable, total = parameter_counts(model)
+    table.caption = f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)"
+    Console().print(table)
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total) parameters; shards of a partitioned model count in full."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+
+
+def _main_process() -> bool:
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not ready or torch.distributed.get_rank() == 0

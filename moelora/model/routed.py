@@ -1,0 +1,256 @@
+"""What an adapted model does beyond its base class.
+
+``adapt`` gives the model instance a subclass of its own class with three methods overridden, as torch's ``fully_shard``
+does. ``isinstance`` holds, ``forward`` and its signature are untouched, so trainers, ``generate`` and pipelines see the
+transformers model they know.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.checkpoint import checkpoint
+
+from moelora.core.errors import MoeloraError
+from moelora.core.methods import Methods
+from moelora.core.route import Route
+from moelora.core.tape import Collector, Port, Site, Tape, View
+from moelora.losses.base import Loss
+from moelora.model.config import AdapterConfig
+from moelora.model.layer import RoutedLinear
+
+
+@dataclass
+class Adaptation:
+    """What ``adapt`` did to a model; ``model.moelora``."""
+
+    config: AdapterConfig
+    methods: Methods
+    sites: list[Site]
+    losses: dict[str, Loss]
+    fingerprint: str | None
+    port: Port = field(default_factory=Port)
+    watched: weakref.ref[nn.Module] | None = None
+
+
+class RoutedModel(nn.Module):
+    """The methods that make a model with experts."""
+
+    moelora: Adaptation
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's call inside a tape. Takes ``task_ids`` [B] or [B, S] besides the model's own arguments.
+
+        While training, the weighted auxiliary terms are part of the returned loss.
+        """
+        task_ids = kwargs.pop("task_ids", None)
+        port = self.moelora.port
+        if not port.enabled:
+            return super().__call__(*args, **kwargs)
+        given = {**dict(zip(inspect.signature(self.forward).parameters, args, strict=False)), **kwargs} if args else kwargs
+        collector = port.collectors[-1] if port.collectors else None
+        training = self.training and torch.is_grad_enabled()
+        tape = Tape(
+            mask=_masks(given),
+            task=task_ids,
+            positions=given.get("position_ids"),
+            with_terms=training or collector is not None,
+            observer=None if collector is None else collector.observer,
+        )
+        with port.on(tape):
+            out = super().__call__(*args, **kwargs)
+        if training and tape.load:
+            self._keep_load(tape.load)
+        terms = {name: _mean(values) for name, values in tape.terms.items()}
+        if collector is not None:
+            collector.terms.append(terms)
+            return out
+        return self._with_terms(out, terms, given) if training else out
+
+    def _with_terms(self, out: Any, terms: dict[str, Tensor], given: dict[str, Any]) -> Any:
+        total = weighted_sum(self, terms)
+        if total is None:
+            return out
+        loss = out[0] if isinstance(out, tuple) and given.get("labels") is not None else getattr(out, "loss", None)
+        if loss is None or given.get("fused_lm_head"):
+            raise MoeloraError(
+                f"the auxiliary losses ({', '.join(self.moelora.losses)}) would be dropped: the caller takes its loss from "
+                "the logits or hidden states, not from the model. With TRL, use moelora.train.MoeLoraTrainer in place of "
+                "SFTTrainer; in a loop of your own, pass labels to the model, or call it inside moelora.collect(model) and "
+                "add the terms yourself"
+            )
+        loss = loss + total * token_share(self, given)
+        if isinstance(out, tuple):
+            return (loss, *out[1:])
+        out["loss"] = loss
+        return out
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+    ) -> None:
+        """Non-reentrant only, each recomputed region replaying its own tape. Raises MoeloraError for reentrant."""
+        asked = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and asked.get("use_reentrant"):
+            raise MoeloraError(
+                "gradient checkpointing with use_reentrant=True gives a routed model wrong gradients (auxiliary terms of the "
+                "first pass have no graph); leave it out or pass gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        contexts = _both(asked.get("context_fn"), self.moelora.port.contexts)
+        func = functools.partial(gradient_checkpointing_func, use_reentrant=False, context_fn=contexts)
+        super()._set_gradient_checkpointing(enable=enable, gradient_checkpointing_func=func, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write the adapter (not the base model) to a folder; ``moelora.load`` reads it."""
+        from moelora.model.save import write
+
+        if is_main_process:
+            write(self, Path(save_directory), state_dict)
+
+    def _keep_load(self, load: dict[int, Tensor]) -> None:
+        kept = self.moelora.port.load
+        for index, counts in load.items():
+            kept[index] = kept[index] + counts if index in kept else counts
+        watched = self.moelora.watched
+        if watched is None or watched() is not self:  # a deep copy carries the original's reference
+            self.moelora.watched = _watch_optimizers(self)
+
+
+def routed_layers(model: nn.Module) -> list[RoutedLinear]:
+    """The layers with experts, in site order."""
+    layers = [module for module in model.modules() if isinstance(module, RoutedLinear)]
+    return sorted(layers, key=lambda layer: layer.site.index)
+
+
+def weighted_sum(model: RoutedModel, terms: dict[str, Tensor]) -> Tensor | None:
+    """The auxiliary terms times their weights, or None when no term has one."""
+    losses = model.moelora.losses
+    weighted = [losses[name].weight * value for name, value in terms.items() if losses[name].weight]
+    return torch.stack(weighted).sum() if weighted else None
+
+
+def token_share(model: nn.Module, given: dict[str, Any]) -> Tensor | float:
+    """This batch's part of the tokens that the trainer's loss is normalised by; 1 without gradient accumulation.
+
+    A trainer that passes ``num_items_in_batch`` divides the summed token loss of each micro-batch by the tokens of all of
+    them (over processes too). Auxiliary means weighted by the same shares add up to their mean over the whole batch.
+    """
+    total = given.get("num_items_in_batch")
+    labels = given.get("shift_labels", given.get("labels"))
+    if total is None or labels is None:
+        return 1.0
+    if "shift_labels" not in given and getattr(model, "loss_type", None) == "ForCausalLM":
+        labels = labels[..., 1:]
+    return labels.ne(-100).sum() / total
+
+
+def after_step(model: RoutedModel) -> None:
+    """Hand every router the load counted since the last optimiser step, summed over processes. Idempotent.
+
+    Called by itself after each step of a torch optimiser that holds parameters of the model.
+    """
+    kept = model.moelora.port.load
+    if not kept:
+        return
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        flat = torch.cat([kept[index] for index in sorted(kept)])
+        torch.distributed.all_reduce(flat)
+        sizes = [len(kept[index]) for index in sorted(kept)]
+        kept.update(zip(sorted(kept), flat.split(sizes), strict=True))
+    for layer in routed_layers(model):
+        if layer.site.index in kept:
+            layer.router.after_step(kept[layer.site.index])
+    kept.clear()
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """The base model, bit for bit, for as long as the context lasts."""
+    port = adaptation(model).port
+    before, port.enabled = port.enabled, False
+    try:
+        yield model
+    finally:
+        port.enabled = before
+
+
+@contextmanager
+def collect(model: nn.Module, observer: Callable[[View, Route], None] | None = None) -> Iterator[Collector]:
+    """Take the auxiliary terms of the forwards inside: they are listed in ``.terms`` and not added to any loss.
+
+    observer: called with the (View, Route) of every routed layer, for statistics.
+    """
+    collectors = adaptation(model).port.collectors
+    collectors.append(Collector(observer))
+    try:
+        yield collectors[-1]
+    finally:
+        collectors.pop()
+
+
+def adaptation(model: nn.Module) -> Adaptation:
+    """What ``adapt`` did to ``model``. Raises MoeloraError if it did nothing."""
+    found = getattr(model, "moelora", None)
+    if not isinstance(found, Adaptation):
+        raise MoeloraError(f"this {type(model).__name__} has no experts; call moelora.adapt or moelora.load first")
+    return found
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    wide = [value.to(torch.promote_types(value.dtype, torch.float32)) for value in values]
+    first = wide[0].device
+    return torch.stack([value.to(first) for value in wide]).mean()
+
+
+def _masks(given: dict[str, Any]) -> dict[str, Tensor]:
+    """Valid tokens per stream, from the masks that the model itself reads."""
+    found = {"input": given.get("attention_mask"), "decoder": given.get("decoder_attention_mask")}
+    labels = given.get("labels")
+    if found["decoder"] is None and isinstance(labels, Tensor) and labels.dim() == 2:
+        found["decoder"] = labels.ne(-100)
+    return {stream: mask.bool() for stream, mask in found.items() if isinstance(mask, Tensor) and mask.dim() == 2}
+
+
+def _both(outer: Callable[[], Any] | None, inner: Callable[[], Any]) -> Callable[[], Any]:
+    """One context_fn from two."""
+    if outer is None:
+        return inner
+
+    @contextmanager
+    def nest(one: Any, two: Any) -> Iterator[None]:
+        with one, two:
+            yield
+
+    return lambda: tuple(nest(one, two) for one, two in zip(outer(), inner(), strict=True))
+
+
+def _watch_optimizers(model: RoutedModel) -> weakref.ref[nn.Module]:
+    """Run ``after_step`` after every torch optimiser step on this model's parameters, in any trainer or loop."""
+    watched: weakref.ref[nn.Module] = weakref.ref(model)
+
+    def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        alive = watched()
+        if alive is None:
+            handle.remove()
+            return
+        own = {id(p) for p in alive.parameters() if p.requires_grad}
+        if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            after_step(alive)  # type: ignore[arg-type]
+
+    handle = register_optimizer_step_post_hook(stepped)
+    return watched

@@ -1,0 +1,102 @@
+"""``torch.ops.moelora.routed_lora``: schema, shapes and autograd of the one operator.
+
+Backends are kernels of this operator for a device (``routed_lora.register_kernel``); PyTorch's dispatcher picks.
+Backward is an operator too, so that a compiler sees two opaque calls and a backend can replace either.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moelora.core.factors import Factors
+from moelora.core.route import Route
+from moelora.ops import reference
+
+
+@torch.library.custom_op("moelora::routed_lora", mutates_args=())
+def routed_lora(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    core: Tensor | None,
+    width: int,
+) -> tuple[Tensor, Tensor]:
+    """(delta [T, O], h [T, R]); see ``moelora.ops.reference`` for the mathematics and the shapes."""
+    return reference.forward(x, A, B, scale, weight, index, core, width)
+
+
+@routed_lora.register_fake
+def _(
+    x: Tensor, A: Tensor, B: Tensor, scale: Tensor, weight: Tensor, index: Tensor | None, core: Tensor | None, width: int
+) -> tuple[Tensor, Tensor]:
+    h = x.new_empty(x.shape[0], A.shape[0], dtype=reference.compute_dtype(x))
+    return x.new_empty(x.shape[0], B.shape[0]), h
+
+
+@torch.library.custom_op("moelora::routed_lora_backward", mutates_args=())
+def routed_lora_backward(
+    dy: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    core: Tensor | None,
+    h: Tensor,
+    width: int,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (x, A, B, weight, core); those not needed come back empty."""
+    return reference.backward(dy, x, A, B, scale, weight, index, core, h, width, need)
+
+
+@routed_lora_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    core: Tensor | None,
+    h: Tensor,
+    width: int,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def like(tensor: Tensor | None, wanted: bool) -> Tensor:
+        return torch.empty_like(tensor) if wanted and tensor is not None else x.new_empty(0)
+
+    return like(x, need[0]), like(A, need[1]), like(B, need[2]), like(weight, need[3]), like(core, need[4])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, A, B, scale, weight, index, core, width = inputs
+    ctx.width = width
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, A, B, scale, weight, index, core, output[1])
+
+
+def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, A, B, scale, weight, index, core, h = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    need = [wanted[0], wanted[1], wanted[2], wanted[4], wanted[6]]
+    grads = routed_lora_backward(dy.contiguous(), x, A, B, scale, weight, index, core, h, ctx.width, need)
+    dx, dA, dB, dweight, dcore = (grad if asked else None for grad, asked in zip(grads, need, strict=True))
+    return dx, dA, dB, None, dweight, None, dcore, None
+
+
+routed_lora.register_autograd(_backward, setup_context=_setup_context)
+
+
+def apply(x: Tensor, factors: Factors, route: Route) -> Tensor:
+    """The update [T, O] of tokens x [T, D], in x's dtype."""
+    width = factors.B.shape[1] // route.units
+    return routed_lora(x, factors.A, factors.B, factors.scale, route.weight, route.index, factors.core, width)[0]

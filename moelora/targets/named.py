@@ -1,0 +1,123 @@
+"""Targets by name, with PEFT's rules: which layers of a base model get experts.
+
+- a list of names: a layer matches when its path equals a name or ends with ``.name``
+- one string: a regular expression that must match the whole path
+- ``"all-linear"``: every supported layer but the output head (and a sequence classifier's head)
+- ``exclude_modules`` takes away, by the same rules
+- ``layers_to_transform`` keeps only these block indices, found after ``layers_pattern`` (or after any module list)
+
+Recipe line: ``target_modules: [q_proj, v_proj]``
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from moelora.core.errors import TargetError
+from moelora.core.tape import Site
+from moelora.core.validate import nearest
+
+SUPPORTED = (nn.Linear, Conv1D)
+_CLASSIFIERS = ("score", "classifier")  # heads that PEFT leaves out of all-linear too
+_CROSS = re.compile(r"(EncDecAttention|encoder_attn|crossattention|cross_attn|encoder_decoder_attention)\.(self\.)?(k|v)")
+
+
+def select(
+    model: nn.Module,
+    target_modules: list[str] | str,
+    exclude_modules: list[str] | str | None = None,
+    layers_to_transform: list[int] | int | None = None,
+    layers_pattern: list[str] | str | None = None,
+) -> list[Site]:
+    """The sites of ``model`` to adapt, in module order. Raises TargetError: nothing matched, or not a linear layer."""
+    modules = dict(model.named_modules())
+    if target_modules == "all-linear":
+        heads = _output_head(model) or list(_CLASSIFIERS)
+        names = [name for name, m in modules.items() if _refusal(m) is None and not _matches(name, heads)]
+    else:
+        names = [name for name in modules if name and _matches(name, target_modules)]
+        _every_target_matches(modules, target_modules)
+    if exclude_modules is not None:
+        names = [name for name in names if not _matches(name, exclude_modules)]
+    if layers_to_transform is not None:
+        wanted = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
+        names = [name for name in names if _block(name, layers_pattern) in wanted]
+    if not names:
+        raise TargetError(
+            f"target_modules {target_modules!r} with exclude_modules {exclude_modules!r} and layers_to_transform "
+            f"{layers_to_transform!r} leaves no layer of {type(model).__name__}{nearest('', _linear_names(modules))}"
+        )
+    heads = _output_head(model)
+    for name in names:
+        reason = "the output head, whose weight trainers read directly" if name in heads else _refusal(modules[name])
+        if reason is not None:
+            raise TargetError(f"target_modules {target_modules!r}: '{name}' is {reason}; supported: Linear, Conv1D")
+    return [_site(model, modules[name], name, index) for index, name in enumerate(names)]
+
+
+def _matches(name: str, rule: list[str] | str) -> bool:
+    if isinstance(rule, str):
+        try:
+            return re.fullmatch(rule, name) is not None
+        except re.error as error:
+            raise TargetError(f"target_modules: '{rule}' is not a regular expression: {error}") from None
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in rule)
+
+
+def _every_target_matches(modules: dict[str, nn.Module], target: list[str] | str) -> None:
+    known = _linear_names(modules)
+    if isinstance(target, str):
+        if not any(name and _matches(name, target) for name in modules):
+            raise TargetError(f"target_modules: the expression '{target}' matches no layer{nearest(target, known)}")
+        return
+    for suffix in target:
+        if not any(name and _matches(name, [suffix]) for name in modules):
+            raise TargetError(f"target_modules: '{suffix}' matches no layer{nearest(suffix, known)}")
+
+
+def _refusal(module: nn.Module) -> str | None:
+    """Why a module cannot carry experts, or None."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "the output projection of MultiheadAttention, which reads its weight without calling the layer"
+    return None if isinstance(module, SUPPORTED) else f"a {type(module).__name__}"
+
+
+def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
+    counts = Counter(name.rsplit(".", 1)[-1] for name, m in modules.items() if _refusal(m) is None)
+    return [name for name, _ in counts.most_common()]
+
+
+def _output_head(model: nn.Module) -> list[str]:
+    get = getattr(model, "get_output_embeddings", None)
+    output = get() if get is not None else None
+    return [] if output is None else [name for name, module in model.named_modules() if module is output]
+
+
+def _block(name: str, pattern: list[str] | str | None) -> int | None:
+    patterns = [pattern] if isinstance(pattern, str) else pattern or [r"[^.]*"]
+    for part in patterns:
+        found = re.match(rf"(?:.*\.)?{part}\.(\d+)\.", name)
+        if found:
+            return int(found.group(1))
+    return None
+
+
+def _site(model: nn.Module, module: nn.Module, name: str, index: int) -> Site:
+    if isinstance(module, Conv1D):
+        in_features, out_features = module.weight.shape[0], module.nf
+    else:
+        in_features, out_features = module.in_features, module.out_features
+    return Site(name, index, int(in_features), int(out_features), _stream(model, name))
+
+
+def _stream(model: nn.Module, name: str) -> str:
+    """Decoder layers of an encoder-decoder read decoder tokens, except keys and values of its cross-attention."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "input"
+    encoder = model.get_encoder()  # type: ignore[operator]
+    inside = any(name.startswith(f"{path}.") for path, module in model.named_modules() if module is encoder)
+    return "input" if inside or _CROSS.search(name) else "decoder"
