@@ -1,0 +1,150 @@
+"""The command line. Heavy imports happen inside the commands, so that help is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+recipes_app = typer.Typer(no_args_is_help=True, help="Recipes that come with the package.")
+app.add_typer(recipes_app, name="recipes")
+
+Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="Python file with a method of your own; repeatable.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides, for instance training.max_steps=100")]
+
+
+@app.callback()
+def main() -> None:
+    """Train, evaluate and use mixtures of LoRA experts."""
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """A user's mistake is a message and exit code 2; Ctrl-C is 130. Anything else is a bug and keeps its traceback."""
+    from moelora.core.errors import MoeloraError
+
+    try:
+        yield
+    except MoeloraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        print("\ninterrupted; `moelora train` with the same recipe and --resume goes on from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    overrides: Overrides = None,
+    plugin: Plugins = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last complete checkpoint of the output folder.")] = False,
+) -> None:
+    """Train as a recipe says; writes the adapter, summary.json and report.html to training.output_dir."""
+    with _readable_errors():
+        from moelora.cli.show import task_table
+        from moelora.recipe import read_recipe
+        from moelora.train.run import train as run
+
+        result = run(read_recipe(recipe, overrides or [], plugin or []), plugin or [], resume)
+        task_table({result.name: result.summary["tasks"]})
+        print(f"adapter, summary.json and report.html are in {result.out}")
+
+
+@app.command()
+def eval(
+    folder: Annotated[Path, typer.Argument(help="A folder written by `moelora train`.")],
+    overrides: Overrides = None,
+    base: Annotated[str | None, typer.Option(help="Another place of the base model.")] = None,
+    plugin: Plugins = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Evaluate a trained adapter on its recipe's tasks (or others: data.root=FOLDER)."""
+    with _readable_errors():
+        import json as encoder
+
+        from moelora.cli.show import task_table
+        from moelora.train.use import evaluate_folder
+
+        found = evaluate_folder(folder, overrides or [], base, plugin or [])
+        if json:
+            print(encoder.dumps(found, indent=1))
+        else:
+            task_table({folder.name: found["tasks"]})
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(help="A folder written by `moelora train` or `moelora.save`.")],
+    prompt: Annotated[str | None, typer.Argument(help="What to answer; without it, a chat begins.")] = None,
+    base: Annotated[str | None, typer.Option(help="Another place of the base model.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+    plugin: Plugins = None,
+) -> None:
+    """Answer one prompt, or chat (an empty line ends it)."""
+    with _readable_errors():
+        from moelora.train.use import Chat
+
+        chat = Chat(folder, base, plugin or [], max_new_tokens, temperature, seed)
+        if prompt is not None:
+            print(chat.answer(prompt))
+            return
+        print("chat with the adapted model; an empty line ends it")
+        while (line := _ask()) != "":
+            print(chat.answer(line))
+
+
+@recipes_app.command("ls")
+def recipes_ls() -> None:
+    """List shipped recipes."""
+    with _readable_errors():
+        from moelora.recipe import shipped_recipes
+
+        for name, path in shipped_recipes().items():
+            first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+            print(f"{name:24} {first}")
+
+
+@recipes_app.command("cp")
+def recipes_cp(
+    name: Annotated[str, typer.Argument(help="A name from `moelora recipes ls`.")],
+    target: Annotated[Path | None, typer.Argument(help="File or folder; here if not given.")] = None,
+) -> None:
+    """Copy a shipped recipe to edit it."""
+    with _readable_errors():
+        from moelora.core.errors import OutputError
+        from moelora.recipe import find_recipe
+
+        source = find_recipe(name)
+        to = target or Path.cwd()
+        to = to / source.name if to.is_dir() else to
+        if to.exists():
+            raise OutputError(f"{to}: exists already; give another name")
+        to.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+        print(to)
+
+
+@app.command()
+def methods(
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    plugin: Plugins = None,
+) -> None:
+    """List every method on every axis: what it is, its paper, its file and its recipe line."""
+    with _readable_errors():
+        from moelora.cli.show import methods_table
+
+        methods_table(plugin or [], json)
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""

@@ -1,0 +1,133 @@
+"""A recipe: one YAML file that says everything about a run. Checked whole before any weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from moelora.core.errors import ConfigError
+from moelora.core.methods import Methods
+from moelora.core.validate import Strict, check, nearest
+from moelora.data.config import DataConfig
+from moelora.model.config import AdapterConfig, resolve
+
+TINY = "moelora/tiny"
+"""The base model that comes with the package."""
+
+
+class Recipe(Strict):
+    """The sections of a recipe.
+
+    base_model: a hub id, a local folder, or ``moelora/tiny``. adapter: see AdapterConfig. data: see DataConfig.
+    training: TRL's SFTConfig, that is transformers' TrainingArguments and more, by the same names.
+    """
+
+    base_model: str = TINY
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attn_implementation: str | None = None
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig = DataConfig()
+    training: dict[str, Any] = {}
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the run writes everything."""
+        return Path(self.training["output_dir"])
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-4 as a number, as every user means it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def read_recipe(path: str | Path, overrides: Iterable[str] = (), plugins: Iterable[str | Path] = ()) -> Recipe:
+    """The recipe in a YAML file, with ``key.inner=value`` overrides. Raises ConfigError.
+
+    A recipe's output_dir defaults to ``out/<file name>``. A name without a path is looked up among the recipes that come
+    with the package.
+    """
+    file = find_recipe(path)
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # a SafeLoader: data only
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: expected a mapping of keys to values, found {type(content).__name__}")
+    for override in overrides:
+        _set(content, override)
+    content.setdefault("training", {})
+    if isinstance(content["training"], dict):
+        content["training"].setdefault("output_dir", f"out/{file.stem}")
+    return check_recipe(content, str(file), plugins)
+
+
+def check_recipe(content: Mapping[str, Any], where: str = "recipe", plugins: Iterable[str | Path] = ()) -> Recipe:
+    """A recipe from a mapping, every method's options and every training argument checked. Raises ConfigError."""
+    recipe = check(Recipe, content, where if where == "recipe" else "")
+    _check_training(recipe.training)
+    return recipe.model_copy(update={"adapter": resolve(recipe.adapter, Methods(plugins))})
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Recipes that come with the package, by name."""
+    import moelora.recipes
+
+    folder = Path(next(iter(moelora.recipes.__path__)))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file of a recipe: the path itself, or a shipped recipe of that name. Raises ConfigError."""
+    file = Path(path)
+    if file.is_file():
+        return file
+    shipped = shipped_recipes()
+    if len(file.parts) == 1 and file.stem in shipped:
+        return shipped[file.stem]
+    raise ConfigError(f"no recipe {path} (seen from {Path.cwd()}){nearest(file.stem, shipped)}")
+
+
+def _set(content: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override '{override}': expected key=value, for instance training.max_steps=100")
+    *parents, last = key.split(".")
+    section: Any = content
+    for name in parents:
+        section = section.setdefault(name, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"override '{override}': '{name}' is {section!r}, not a section")
+    try:
+        section[last] = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override '{override}': the value is not YAML: {error}") from None
+
+
+def _check_training(training: Mapping[str, Any]) -> None:
+    from trl import SFTConfig
+
+    fields = {field.name: field for field in dataclasses.fields(SFTConfig) if field.init}
+    types = typing.get_type_hints(SFTConfig)
+    for key, value in training.items():
+        if key not in fields:
+            raise ConfigError(f"training: unknown key '{key}'{nearest(key, fields)}")
+        try:
+            TypeAdapter(types[key], config={"arbitrary_types_allowed": True}).validate_python(value)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            raise ConfigError(f"training.{key}: {fault['msg'].lower()}, found {value!r}") from None
+        if isinstance(value, int | float) and not isinstance(value, bool) and value < 0 and key not in ("max_steps",):
+            if key not in ("local_rank", "seed", "data_seed"):
+                raise ConfigError(f"training.{key}: expected no negative number, found {value}")

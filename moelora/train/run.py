@@ -1,0 +1,231 @@
+"""A run from recipe to report: one function, read top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging
+from trl import SFTConfig
+
+from moelora.core.errors import ConfigError, OutputError
+from moelora.data.load import Task, load_tasks
+from moelora.data.mixture import mix
+from moelora.data.prompts import as_trl, uses_chat
+from moelora.model.adapt import adapt, parameter_counts
+from moelora.model.routed import disabled
+from moelora.model.save import write
+from moelora.recipe import TINY, Recipe
+from moelora.train.report import write_report
+from moelora.train.trainer import MoeLoraTrainer
+
+RECIPE, SUMMARY, ROUTING, HISTORY = "recipe.yaml", "summary.json", "routing.json", "history.json"
+
+
+@dataclass
+class Result:
+    """What a run gives back. summary: the content of summary.json. routing: of routing.json. history: logged numbers.
+
+    base: task metrics of the base model, when asked for.
+    """
+
+    name: str
+    out: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    summary: dict[str, Any]
+    routing: dict[str, Any]
+    history: list[dict[str, Any]]
+    base: dict[str, dict[str, Any]] | None = None
+
+
+def train(
+    recipe: Recipe, plugins: Iterable[str | Path] = (), resume: bool = False, evaluate_base: bool = False
+) -> Result:
+    """Train as the recipe says, evaluate, save the adapter, and write summary.json and report.html to its output_dir.
+
+    resume: go on from the newest complete checkpoint. evaluate_base: measure the base model first. Nothing is written
+    until recipe, data and model are all found good. Raises MoeloraError.
+    """
+    out = recipe.output_dir
+    checkpoint = _checkpoint(out, resume)
+    arguments = sft_config(recipe)
+    set_seed(arguments.seed)
+    tasks = load_tasks(recipe.data)
+    names = [task.name for task in tasks]
+    _report_skipped(tasks)
+    model, tokenizer = load_base(recipe)
+    _check_tasks(recipe, tasks)
+    chat = uses_chat(tokenizer, recipe.data.chat_template)
+    rows = as_trl(mix(tasks, recipe.data.temperature, arguments.seed), chat)
+    held_out = eval_rows(tasks, chat)
+    adapt(model, recipe.adapter, plugins=plugins)
+
+    out.mkdir(parents=True, exist_ok=True)
+    (out / RECIPE).write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False), encoding="utf-8")
+    trainer = build_trainer(recipe, model, tokenizer, tasks, rows, held_out)
+    base = None
+    if evaluate_base and held_out is not None:
+        with disabled(model):
+            base = task_metrics(trainer.evaluate(), names)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - started
+    metrics = trainer.evaluate() if held_out is not None else {}
+
+    trainable, total = parameter_counts(model)
+    summary = {
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "seconds": round(seconds, 2),
+        "steps": trainer.state.global_step,
+        "tasks": task_metrics(metrics, names),
+        "routing": {key.removeprefix("eval_routing/"): v for key, v in metrics.items() if "_routing/" in key},
+        "skipped_rows": sum(len(task.skipped) for task in tasks),
+    }
+    routing = trainer.routing.to_json() if trainer.routing is not None else {}
+    result = Result(out.name, out, model, tokenizer, summary, routing, trainer.state.log_history, base)
+    if trainer.is_world_process_zero():
+        write(model, out)
+        for name, content in ((SUMMARY, summary), (ROUTING, routing), (HISTORY, result.history)):
+            (out / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_report(out / "report.html", [result], (out / RECIPE).read_text(encoding="utf-8"), base)
+    return result
+
+
+def sft_config(recipe: Recipe) -> SFTConfig:
+    """The recipe's ``training`` section, with defaults that fit the machine."""
+    gpu = torch.cuda.is_available()
+    fitting = {
+        "report_to": "tensorboard",
+        "logging_steps": 10,
+        "bf16": gpu and torch.cuda.is_bf16_supported(),
+        "dataloader_pin_memory": gpu,
+        "gradient_checkpointing": gpu,
+    }
+    given = {**fitting, **recipe.training}
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # renamed within transformers 5
+        new = old.replace("gradient", "activation")
+        if old in given and new in {field.name for field in dataclasses.fields(SFTConfig)}:
+            given.setdefault(new, given.pop(old))
+    try:
+        return SFTConfig(**given)
+    except ValueError as error:
+        raise ConfigError(f"training: {error}") from error
+
+
+def build_trainer(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[Task],
+    rows: datasets.Dataset,
+    held_out: datasets.Dataset | None,
+) -> MoeLoraTrainer:
+    """A trainer for an adapted model on loaded tasks."""
+    return MoeLoraTrainer(
+        model,
+        sft_config(recipe),
+        rows,
+        held_out,
+        tokenizer,
+        tasks=[task.name for task in tasks],
+        exact_match=[task.name for task in tasks if task.config.metric == "exact_match"],
+    )
+
+
+def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Base model and tokenizer of a recipe. Raises ConfigError when neither disk nor hub has them."""
+    name = recipe.base_model
+    source = str(Path(__file__).parents[1] / "assets" / "tiny") if name == TINY and not Path(name).exists() else name
+    dtype = "float32" if source != name and recipe.dtype == "auto" else recipe.dtype
+    options: dict[str, Any] = {"revision": recipe.revision} if source == name else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if recipe.attn_implementation is not None:
+            options["attn_implementation"] = recipe.attn_implementation
+        with _quiet_loading(name == TINY):
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"base_model '{name}': {str(error).strip().splitlines()[0]}") from error
+    model.config._name_or_path = name
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def task_metrics(metrics: dict[str, float], tasks: list[str], prefix: str = "eval") -> dict[str, dict[str, Any]]:
+    """``{task: {loss, token_accuracy, accuracy}}``; accuracy is None for tasks without generated answers."""
+    found = {}
+    for task in tasks:
+        values = {key: metrics.get(f"{prefix}_{task}_{key}") for key in ("loss", "token_accuracy", "accuracy")}
+        if values["loss"] is not None:
+            found[task] = {key: None if value is None else round(value, 6) for key, value in values.items()}
+    return found
+
+
+def _checkpoint(out: Path, resume: bool) -> str | None:
+    """The checkpoint to resume from. Raises OutputError when the folder is not one this run may write to."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"training.output_dir {out}: a file; expected a folder")
+    if not out.is_dir() or not any(out.iterdir()):
+        if resume:
+            raise OutputError(f"training.output_dir {out}: nothing to resume; run without --resume first")
+        return None
+    if not (out / RECIPE).is_file():
+        names = ", ".join(sorted(path.name for path in out.iterdir())[:5])
+        raise OutputError(f"training.output_dir {out}: holds files that no run wrote ({names}); choose another folder")
+    if not resume:
+        raise OutputError(
+            f"training.output_dir {out}: holds a run already; add --resume to go on from its last checkpoint, or choose "
+            "another folder (training.output_dir=...)"
+        )
+    # The trainer writes its state last, so a checkpoint without it was cut off.
+    complete = [path for path in out.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    if not complete:
+        print(f"{out}: no complete checkpoint yet, starting from the beginning")
+        return None
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2])))
+
+
+def _check_tasks(recipe: Recipe, tasks: list[Task]) -> None:
+    experts = recipe.adapter.experts.num_experts
+    if "supervised_gate" in recipe.adapter.losses and len(tasks) > experts:
+        raise ConfigError(
+            f"losses.supervised_gate gives every task an expert: {len(tasks)} tasks, but num_experts is {experts}"
+        )
+
+
+@contextmanager
+def _quiet_loading(quiet: bool) -> Iterator[None]:
+    """No progress bar for weights that load in an instant."""
+    shown = logging.is_progress_bar_enabled()
+    if quiet:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _report_skipped(tasks: list[Task]) -> None:
+    for task in tasks:
+        if task.skipped:
+            print(f"{task.name}: skipped {len(task.skipped)} bad rows; the first: {task.skipped[0]}")
+
+
+def eval_rows(tasks: list[Task], chat: bool) -> datasets.Dataset | None:
+    """The evaluation rows of all tasks that have some, in TRL's columns."""
+    parts = [task.eval for task in tasks if task.eval is not None]
+    return as_trl(datasets.concatenate_datasets(parts), chat) if parts else None

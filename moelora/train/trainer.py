@@ -1,0 +1,212 @@
+"""MoeLoraTrainer: TRL's SFTTrainer that knows tasks and routed models.
+
+What it adds: task ids beside the tokens (also when packed), auxiliary losses in the loss and the logs, routing statistics,
+loss per task and exact match at evaluation, adapter checkpoints. Everything else is TRL's and transformers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from moelora.data.progress import quiet_if_small
+from moelora.data.prompts import as_prompts
+from moelora.eval.evaluate import exact_match, token_sums
+from moelora.eval.routing import RoutingStats
+from moelora.model.routed import RoutedModel, after_step, collect, token_share, weighted_sum
+from moelora.model.save import restore
+from moelora.train.progress import LossBar
+
+
+@dataclass
+class TaskCollator(DataCollatorForLanguageModeling):
+    """TRL's collator, carrying ``task_ids`` beside the tokens; -1 on padding."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        rows = [torch.tensor(example["task_ids"]) for example in examples]
+        if self.padding_free:
+            rows = [torch.cat(rows)]
+        task_ids = torch.full(batch["input_ids"].shape, -1, dtype=torch.long)
+        for row, ids in zip(task_ids, rows, strict=True):
+            row[: len(ids)] = ids
+        return {**batch, "task_ids": task_ids}
+
+
+class _AfterStep(TrainerCallback):
+    """Balance updates for engines whose optimiser does not hold the model's own parameters (DeepSpeed)."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if isinstance(model, RoutedModel):
+            after_step(model)
+
+
+class MoeLoraTrainer(SFTTrainer):
+    """Trains an adapted model on a mixture of tasks.
+
+    train_dataset, eval_dataset: rows with task, task_id, prompt and completion (messages or strings) or text, as
+    ``moelora.data`` makes them. tasks: names, a row's task_id is the position. exact_match: tasks whose answers are
+    generated and compared at evaluation. Metrics: ``eval_loss``, ``eval_<task>_loss``, ``eval_<task>_accuracy``.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: SFTConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None,
+        processing_class: PreTrainedTokenizerBase,
+        tasks: list[str],
+        exact_match: list[str] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.tasks, self.exact_match = tasks, exact_match or []
+        self.eval_rows = eval_dataset
+        self.routing: RoutingStats | None = None
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[_AfterStep(), *(callbacks or [])],
+        )
+        own = self.data_collator
+        self.data_collator = TaskCollator(
+            pad_token_id=own.pad_token_id, padding_free=own.padding_free, pad_to_multiple_of=own.pad_to_multiple_of
+        )
+        shows_progress = not args.disable_tqdm
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
+        if shows_progress:
+            self.add_callback(LossBar())
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "task_ids" not in self._signature_columns:
+            self._signature_columns += ["task_ids"]
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset,
+        processing_class: Any,
+        args: SFTConfig,
+        packing: bool,
+        formatting_func: Callable[..., Any] | None,
+        dataset_name: str,
+    ) -> Dataset:
+        """TRL's preparation of each kind of row, then task ids per token, then packing."""
+        with quiet_if_small(len(dataset)):
+            return self._with_tasks(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+    def _with_tasks(self, dataset: Dataset, processing_class: Any, args: SFTConfig, packing: bool, *rest: Any) -> Dataset:
+        if "task_ids" in dataset.column_names:
+            return dataset
+        is_text = [text is not None for text in dataset["text"]]
+        parts = []
+        for texts, columns in ((False, ["prompt", "completion"]), (True, ["text"])):
+            rows = [i for i, text in enumerate(is_text) if text == texts]
+            if rows:
+                part = dataset.select(rows).select_columns([*columns, "task_id"]).add_column("row", rows)
+                shuffled, args.shuffle_dataset = args.shuffle_dataset, False
+                parts.append(super()._prepare_dataset(part, processing_class, args, False, *rest))
+                args.shuffle_dataset = shuffled
+        prepared = concatenate_datasets([part.select_columns(["input_ids", "labels", "task_id", "row"]) for part in parts])
+        order = prepared["row"]
+        prepared = prepared.select(sorted(range(len(prepared)), key=lambda i: order[i]))
+        prepared = prepared.map(
+            lambda row: {"task_ids": [row["task_id"]] * len(row["input_ids"])},
+            remove_columns=["task_id", "row"],
+            desc="Adding task ids",
+        )
+        if packing:
+            prepared = pack_dataset(prepared, args.max_length, args.packing_strategy)
+        return prepared
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss plus the weighted auxiliary terms, as shares of the batch under gradient accumulation."""
+        routed = self.accelerator.unwrap_model(self.model)
+        if not isinstance(routed, RoutedModel):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        watched = routed.training and (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0
+        stats = RoutingStats(self.tasks) if watched else None
+        with collect(routed, stats) as collector:
+            loss = super().compute_loss(model, inputs, False, num_items_in_batch)
+        terms = collector.terms[0] if collector.terms else {}
+        total = weighted_sum(routed, terms)
+        mode = "train" if routed.training else "eval"
+        if total is not None:
+            share = token_share(routed, {**inputs, "num_items_in_batch": num_items_in_batch})
+            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+                share = share * self.accelerator.num_processes
+            loss = loss + total * share
+        for name, value in terms.items():
+            self._metrics[mode][f"aux/{name}"].append(float(value.detach()))
+        if stats is not None:
+            for name, number in stats.summary().items():
+                self._metrics[mode][f"routing/{name}"].append(number)
+        return loss
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Loss and accuracy per task, and ``self.routing``: where the evaluation tokens went."""
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()  # and left so, as Trainer's own loop does: TRL's log tells evaluation from training by it
+        batches = (self._prepare_inputs(batch) for batch in dataloader)
+        if isinstance(model, RoutedModel):
+            self.routing = RoutingStats(self.tasks)
+            with collect(model, self.routing), self.compute_loss_context_manager():
+                sums = token_sums(self.model_wrapped, batches, self.tasks)
+        else:
+            with self.compute_loss_context_manager():
+                sums = token_sums(self.model_wrapped, batches, self.tasks)
+        sums.sums = self.accelerator.reduce(sums.sums, "sum")
+        metrics = {f"{metric_key_prefix}_loss": sums.loss}
+        for task, values in sums.metrics().items():
+            metrics.update({f"{metric_key_prefix}_{task}_{key}": value for key, value in values.items()})
+        for task, accuracy in self.generated_accuracy(model).items():
+            metrics[f"{metric_key_prefix}_{task}_accuracy"] = accuracy
+        if self.routing is not None:
+            metrics.update({f"{metric_key_prefix}_routing/{k}": v for k, v in self.routing.summary().items()})
+        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
+
+    def generated_accuracy(self, model: Any) -> dict[str, float]:
+        """Exact match by generation, for the tasks that ask for it."""
+        if self.eval_rows is None or not self.exact_match:
+            return {}
+        found = {}
+        names = self.eval_rows["task"]
+        chat = not isinstance(self.eval_rows[0]["prompt"], str)
+        for task in self.exact_match:
+            rows = self.eval_rows.select([i for i, name in enumerate(names) if name == task])
+            if len(rows):
+                prompts = as_prompts(rows, chat=True) if chat else list(rows["prompt"])
+                answers = [row[-1]["content"] for row in rows["completion"]] if chat else list(rows["completion"])
+                found[task] = exact_match(model, self.processing_class, prompts, answers)
+        return found
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The adapter writes its own card."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        restore(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        restore(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)

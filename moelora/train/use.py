@@ -1,0 +1,88 @@
+"""Using what a run left: evaluate it again, or generate from it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moelora.core.errors import DataError
+from moelora.data.formats import Message
+from moelora.data.load import load_tasks
+from moelora.data.prompts import plain, uses_chat
+from moelora.eval.evaluate import complete
+from moelora.io.folder import read_manifest
+from moelora.model.save import load
+from moelora.recipe import check_recipe, read_recipe
+from moelora.train.run import RECIPE, build_trainer, eval_rows, load_base, task_metrics
+
+
+def evaluate_folder(
+    folder: Path, overrides: Iterable[str] = (), base: str | None = None, plugins: Iterable[str | Path] = ()
+) -> dict[str, Any]:
+    """Per-task metrics and routing of a trained folder, on its recipe's evaluation rows. Writes nothing there.
+
+    overrides: changes to the recipe, for instance ``data.root=OTHER``. base: another place of the base model.
+    Returns ``{"tasks": {task: {loss, token_accuracy, accuracy}}, "routing": {...}}``. Raises MoeloraError.
+    """
+    read_manifest(folder)
+    recipe = read_recipe(folder / RECIPE, [*overrides, *([f"base_model={base}"] if base else [])], plugins)
+    tasks = load_tasks(recipe.data)
+    if all(task.eval is None for task in tasks):
+        raise DataError(f"{folder / RECIPE}: no task has evaluation rows; give eval_path, or a folder with test.*")
+    model, tokenizer = load_base(recipe)
+    load(model, folder, plugins=plugins)
+    rows = eval_rows(tasks, uses_chat(tokenizer, recipe.data.chat_template))
+    with tempfile.TemporaryDirectory() as scratch:
+        training = {**recipe.training, "output_dir": scratch, "report_to": "none"}
+        trainer = build_trainer(recipe.model_copy(update={"training": training}), model, tokenizer, tasks, rows, rows)
+        metrics = trainer.evaluate()
+    routing = trainer.routing.to_json() if trainer.routing is not None else {}
+    return {"tasks": task_metrics(metrics, [task.name for task in tasks]), "routing": routing}
+
+
+class Chat:
+    """A conversation with a trained adapter; ``answer`` keeps the turns so far."""
+
+    def __init__(
+        self,
+        folder: Path,
+        base: str | None = None,
+        plugins: Iterable[str | Path] = (),
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """temperature: 0 is greedy. Raises AdapterError or ConfigError."""
+        self.model, self.tokenizer, self.chat = _open(folder, base, plugins)
+        self.turns: list[Message] = []
+        self.max_new_tokens = max_new_tokens
+        self.sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+        torch.manual_seed(seed)
+
+    def answer(self, line: str) -> str:
+        """The model's reply to ``line``."""
+        self.turns.append({"role": "user", "content": line})
+        prompt = list(self.turns) if self.chat else plain(self.turns)
+        [text] = complete(self.model, self.tokenizer, [prompt], self.max_new_tokens, **self.sampling)
+        self.turns.append({"role": "assistant", "content": text.strip()})
+        return text.strip()
+
+
+def _open(
+    folder: Path, base: str | None, plugins: Iterable[str | Path]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
+    """Model, tokenizer and whether it speaks in chat messages; the recipe is read where there is one."""
+    manifest = read_manifest(folder)
+    if (folder / RECIPE).is_file():
+        recipe = read_recipe(folder / RECIPE, [f"base_model={base}"] if base else [], plugins)
+    else:
+        name = base or manifest.base.model
+        recipe = check_recipe({"base_model": name, "revision": manifest.base.revision if base is None else None})
+    model, tokenizer = load_base(recipe)
+    load(model, folder, plugins=plugins)
+    return model.eval(), tokenizer, uses_chat(tokenizer, recipe.data.chat_template)
