@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moelora.model.routed import disabled as disabled
     from moelora.model.save import load as load
     from moelora.model.save import save as save
+    from moelora.train.trainer import MoeLoraTrainer as MoeLoraTrainer
 
 _HOME = {
     "adapt": "moelora.model.adapt",
@@ -29,6 +30,7 @@ _HOME = {
     "disabled": "moelora.model.routed",
     "load": "moelora.model.save",
     "save": "moelora.model.save",
+    "MoeLoraTrainer": "moelora.train.trainer",
 }
 __all__ = [*_HOME, "__version__"]
 

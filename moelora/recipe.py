@@ -55,8 +55,8 @@ _Loader.add_implicit_resolver(
 def read_recipe(path: str | Path, overrides: Iterable[str] = (), plugins: Iterable[str | Path] = ()) -> Recipe:
     """The recipe in a YAML file, with ``key.inner=value`` overrides. Raises ConfigError.
 
-    A recipe's output_dir defaults to ``out/<file name>``. A name without a path is looked up among the recipes that come
-    with the package.
+    A recipe's output_dir defaults to ``out/<file name>``. A name without a path is looked up among the recipes that
+    come with the package.
     """
     file = find_recipe(path)
     try:
@@ -128,6 +128,6 @@ def _check_training(training: Mapping[str, Any]) -> None:
         except ValidationError as error:
             fault = error.errors()[0]
             raise ConfigError(f"training.{key}: {fault['msg'].lower()}, found {value!r}") from None
-        if isinstance(value, int | float) and not isinstance(value, bool) and value < 0 and key not in ("max_steps",):
-            if key not in ("local_rank", "seed", "data_seed"):
-                raise ConfigError(f"training.{key}: expected no negative number, found {value}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and value < 0 and key not in ("max_steps", "local_rank"):
+            raise ConfigError(f"training.{key}: expected no negative number, found {value}")

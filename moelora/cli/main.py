@@ -14,7 +14,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 recipes_app = typer.Typer(no_args_is_help=True, help="Recipes that come with the package.")
 app.add_typer(recipes_app, name="recipes")
 
-Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="Python file with a method of your own; repeatable.")]
+Plugins = Annotated[
+    list[Path] | None, typer.Option("--plugin", help="Python file with a method of your own; repeatable.")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides, for instance training.max_steps=100")]
 
 
@@ -34,7 +36,10 @@ def _readable_errors() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        print("\ninterrupted; `moelora train` with the same recipe and --resume goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "\ninterrupted; `moelora train` with the same recipe and --resume goes on from the last checkpoint",
+            file=sys.stderr,
+        )
         raise typer.Exit(130) from None
 
 

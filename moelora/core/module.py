@@ -11,7 +11,8 @@ from torch import Tensor, nn
 class ExactBuffers(nn.Module):
     """Buffers follow the model to another device, never to another dtype.
 
-    A balance bias moves by 1e-5 a step and a scale may be 1/3: both are lost when an engine casts the model to bfloat16.
+    A balance bias moves by 1e-5 a step and a scale may be 1/3: both are lost when an engine casts the model to
+    bfloat16.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

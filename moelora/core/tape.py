@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,12 +172,22 @@ class Port:
         if tape is None:
             return nullcontext(), nullcontext()
         choices: list[Tensor] = []
-        return tape.remember(choices), self._recompute(tape, choices)
+        return tape.remember(choices), _Recompute(self, tape, choices)
 
-    @contextmanager
-    def _recompute(self, tape: Tape, choices: list[Tensor]) -> Iterator[None]:
-        with self.on(tape), tape.replay(choices):
-            yield
+
+class _Recompute:
+    """The recompute context of one region. Entered anew at every backward through it, so not a generator."""
+
+    def __init__(self, port: Port, tape: Tape, choices: list[Tensor]) -> None:
+        self.port, self.tape, self.choices = port, tape, choices
+
+    def __enter__(self) -> None:
+        self.stack = ExitStack()
+        self.stack.enter_context(self.port.on(self.tape))
+        self.stack.enter_context(self.tape.replay(self.choices))
+
+    def __exit__(self, *error: Any) -> None:
+        self.stack.__exit__(*error)
 
 
 @dataclass

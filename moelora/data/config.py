@@ -9,15 +9,14 @@ from pydantic import Field
 from moelora.core.validate import Strict
 
 Positive = Annotated[int, Field(ge=1)]
-Format = Literal[
-    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text_label", "text"
-]
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text_label", "text"]
 
 
 class TaskConfig(Strict):
     """One task.
 
-    path: a file (.json, .jsonl, .csv, .tsv, .parquet), a folder with ``train.*`` and ``test.*`` (or dev, validation), a hub
+    path: a file (.json, .jsonl, .csv, .tsv, .parquet), a folder with ``train.*`` and ``test.*`` (or dev, validation),
+    a hub
         dataset id, or ``builtin/NAME``.
     split, name, revision: of a hub dataset. eval_path, eval_split: where the evaluation rows are, if not found beside.
     format: how rows are read; ``auto`` decides by their columns. columns: the format's column names to the file's, for

@@ -1,7 +1,8 @@
 """Row formats: how a row of a published dataset becomes a prompt and a completion.
 
-Every format ends as chat messages: a prompt (a list of messages) and a completion (one assistant message). A conversation
-with several assistant turns gives one example per turn, so each is trained on once. Plain text has no prompt.
+Every format ends as chat messages: a prompt (a list of messages) and a completion (one assistant message). A
+conversation with several assistant turns gives one example per turn, so each is trained on once. Plain text has no
+prompt.
 """
 
 from __future__ import annotations
@@ -103,9 +104,7 @@ FORMATS = {
     "sharegpt": _Format(
         {"conversations": ("conversations",)}, lambda r, _: _messages(r, "conversations", "from", "value")
     ),
-    "alpaca": _Format(
-        {"instruction": ("instruction",), "output": ("output",)}, _alpaca, optional=("input", "system")
-    ),
+    "alpaca": _Format({"instruction": ("instruction",), "output": ("output",)}, _alpaca, optional=("input", "system")),
     "prompt_completion": _Format({"prompt": ("prompt",), "completion": ("completion",)}, _prompt_completion),
     "question_answer": _Format(
         {"question": ("question", "query"), "answer": ("answer", "response")},
@@ -133,7 +132,7 @@ class Reader:
 
 
 def reader(columns: list[str], where: str, format: str, mapping: dict[str, str], names: list[str] | None) -> Reader:
-    """A reader for rows with ``columns``. Raises DataError when no format, or more than one, fits; ``where`` names them."""
+    """A reader for rows with ``columns``; ``where`` names them. Raises DataError unless exactly one format fits."""
     unknown = [column for column in mapping.values() if column not in columns]
     if unknown:
         raise DataError(f"{where}: columns: no column '{unknown[0]}'; the data has {', '.join(columns)}")
@@ -157,9 +156,11 @@ def reader(columns: list[str], where: str, format: str, mapping: dict[str, str],
         return Reader(chosen, own, names)
     have = ", ".join(columns)
     if fits:
-        raise DataError(f"{where}: the columns ({have}) fit several formats: {', '.join(fits)}; say `format:` in the task")
+        raise DataError(
+            f"{where}: the columns ({have}) fit several formats: {', '.join(fits)}; say `format:` in the task"
+        )
     wanted = "; ".join(f"{name}: {', '.join(FORMATS[name].needs)}" for name in candidates)
     raise DataError(
         f"{where}: the columns ({have}) fit no known format ({wanted}); name them, for instance "
-        f"columns: {{prompt: {columns[0] if columns else 'COLUMN'}, completion: {columns[-1] if columns else 'COLUMN'}}}"
+        f"columns: {{prompt: {columns[0]}, completion: {columns[-1]}}}"
     )

@@ -81,7 +81,7 @@ def _load_task(name: str, task: TaskConfig, task_id: int, config: DataConfig) ->
         sources = _builtin(task.path.removeprefix("builtin/"), where, rows or 4000, eval_rows or 64)
     else:
         sources = _sources(task, where)
-    loaded = []
+    loaded: list[Dataset | None] = []
     for source, limit in zip(sources, (rows, eval_rows), strict=True):
         if source is None:
             loaded.append(None)

@@ -44,7 +44,7 @@ def as_trl(data: Dataset, chat: bool) -> Dataset:
     pairs = [flatten(row) for row in data.select_columns(["prompt", "completion"])]
     columns: dict[str, list[str]] = {name: [pair[name] for pair in pairs] for name in ("prompt", "completion")}
     for name, values in columns.items():
-        kept = kept.add_column(name, values)  # type: ignore[arg-type,call-arg]
+        kept = kept.add_column(name, values)
     return kept
 
 

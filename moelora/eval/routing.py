@@ -56,8 +56,8 @@ class RoutingStats:
         return total / total.sum().clamp(min=1e-20)
 
     def summary(self) -> dict[str, float]:
-        """Means over layers: load_entropy (1 is perfectly even), top_share of the busiest unit, dead share of units that
-        get under a tenth of an even share, specialisation (how far a task's load is from all tasks', 0 to 1)."""
+        """Means over layers: load_entropy (1 is perfectly even), top_share of the busiest unit, dead share of units
+        that get under a tenth of an even share, specialisation (how far a task's load is from all tasks', 0 to 1)."""
         if not self.mass:
             return {}
         rows = [self.layer(site) for site in self.mass]

@@ -61,7 +61,8 @@ class Manifest(Strict):
 def write_folder(folder: Path, manifest: dict[str, Any], files: dict[str, dict[str, Tensor] | str]) -> None:
     """Write ``files`` (relative path to tensors or text) and then the manifest with their hashes.
 
-    Each file appears under its name complete or not at all. Other files of the folder are left alone. Raises OutputError.
+    Each file appears under its name complete or not at all. Other files of the folder are left alone. Raises
+    OutputError.
     """
     try:
         hashes = {name: _write(folder / name, content) for name, content in files.items()}
@@ -93,7 +94,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_tensors(folder: Path, manifest: Manifest) -> dict[str, dict[str, Tensor]]:
-    """Tensors of every safetensors file the manifest lists, by file. Raises AdapterError for any change since saving."""
+    """Tensors of every safetensors file in the manifest, by file. Raises AdapterError for any change since saving."""
     found = {}
     for name, expected in manifest.files.items():
         path = folder / name
@@ -131,5 +132,8 @@ def _write(path: Path, content: dict[str, Tensor] | str) -> str:
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

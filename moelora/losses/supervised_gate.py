@@ -4,8 +4,8 @@
 
 Source: the released code of MeteoRA (arXiv 2405.13053): cross-entropy of each projection's gate logits against the
 sample's task id, the position shifted by one as in language modelling, padding ignored, averaged over projections; its
-weight there is 50, with frozen adapters. Expert i stands for task i. Where several sequences share a row, the last token
-of each is left out, as it is in an unpacked batch. Tokens without a task (id -1) are ignored.
+weight there is 50, with frozen adapters. Expert i stands for task i. Where several sequences share a row, the last
+token of each is left out, as it is in an unpacked batch. Tokens without a task (id -1) are ignored.
 
 Recipe line: ``losses: {supervised_gate: 0.1}``
 """

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moelora.core.errors import ConfigError
 from moelora.core.methods import Methods
@@ -27,7 +27,8 @@ def adapt(
     plugins: Iterable[str | Path] = (),
     verbose: bool = True,
 ) -> Base:
-    """Freeze ``model``, give its target layers experts and routers, and return it: the same object, still its own class.
+    """Freeze ``model``, give its target layers experts and routers, and return it: the same object, still its own
+    class.
 
     config: an AdapterConfig, a dict, or the path of a YAML file with the same keys. plugins: files with methods of your
     own. verbose: print what was adapted. New parameters are float32 (float64 in a float64 model) on the device of
@@ -55,7 +56,7 @@ def attach(model: nn.Module, config: AdapterConfig, methods: Methods, initialise
     model.requires_grad_(False)
     for site in sites:
         base_layer = model.get_submodule(site.name)
-        weight = base_layer.weight
+        weight = _weight(base_layer)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         with torch.device(weight.device):
             router, experts = build_site(config, methods, site)
@@ -77,7 +78,7 @@ def fingerprint(model: nn.Module, names: list[str]) -> str | None:
     are not there to read (meta device, partitioned).
     """
     digest = hashlib.sha256()
-    weights = [model.get_submodule(name).weight for name in names]
+    weights = [_weight(model.get_submodule(name)) for name in names]
     for name, weight in zip(names, weights, strict=True):
         digest.update(f"{name}:{tuple(weight.shape)};".encode())
     for weight in (weights[0], weights[-1]):
@@ -88,6 +89,10 @@ def fingerprint(model: nn.Module, names: list[str]) -> str | None:
             sample = flat[:: max(1, flat.numel() // 256)].cpu().to(torch.bfloat16)
             digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    return cast(Tensor, layer.weight)
 
 
 def print_table(model: nn.Module) -> None:

@@ -41,8 +41,8 @@ class ExpertsConfig(Strict):
 class AdapterConfig(Strict):
     """The whole adapter. A method is ``{name: ..., option: ...}``, or just its name.
 
-    losses: name to weight, or to ``{weight: ..., option: ...}``. target_modules, exclude_modules, layers_to_transform and
-    layers_pattern follow PEFT's rules (``moelora.targets.named``).
+    losses: name to weight, or to ``{weight: ..., option: ...}``. target_modules, exclude_modules, layers_to_transform
+    and layers_pattern follow PEFT's rules (``moelora.targets.named``).
     """
 
     experts: ExpertsConfig = ExpertsConfig()

@@ -57,7 +57,9 @@ class RoutedModel(nn.Module):
         port = self.moelora.port
         if not port.enabled:
             return super().__call__(*args, **kwargs)
-        given = {**dict(zip(inspect.signature(self.forward).parameters, args, strict=False)), **kwargs} if args else kwargs
+        given = (
+            {**dict(zip(inspect.signature(self.forward).parameters, args, strict=False)), **kwargs} if args else kwargs
+        )
         collector = port.collectors[-1] if port.collectors else None
         training = self.training and torch.is_grad_enabled()
         tape = Tape(
@@ -84,10 +86,10 @@ class RoutedModel(nn.Module):
         loss = out[0] if isinstance(out, tuple) and given.get("labels") is not None else getattr(out, "loss", None)
         if loss is None or given.get("fused_lm_head"):
             raise MoeloraError(
-                f"the auxiliary losses ({', '.join(self.moelora.losses)}) would be dropped: the caller takes its loss from "
-                "the logits or hidden states, not from the model. With TRL, use moelora.train.MoeLoraTrainer in place of "
-                "SFTTrainer; in a loop of your own, pass labels to the model, or call it inside moelora.collect(model) and "
-                "add the terms yourself"
+                f"the auxiliary losses ({', '.join(self.moelora.losses)}) would be dropped: the caller takes its loss "
+                "from the logits or hidden states, not from the model. With TRL, use moelora.MoeLoraTrainer in "
+                "place of SFTTrainer; in a loop of your own, pass labels to the model, or call it inside "
+                "moelora.collect(model) and add the terms yourself"
             )
         loss = loss + total * token_share(self, given)
         if isinstance(out, tuple):
@@ -102,8 +104,8 @@ class RoutedModel(nn.Module):
         asked = getattr(gradient_checkpointing_func, "keywords", {})
         if enable and asked.get("use_reentrant"):
             raise MoeloraError(
-                "gradient checkpointing with use_reentrant=True gives a routed model wrong gradients (auxiliary terms of the "
-                "first pass have no graph); leave it out or pass gradient_checkpointing_kwargs={'use_reentrant': False}"
+                "gradient checkpointing with use_reentrant=True gives a routed model wrong gradients (auxiliary terms "
+                "of the first pass have no graph); leave it out or pass {'use_reentrant': False}"
             )
         contexts = _both(asked.get("context_fn"), self.moelora.port.contexts)
         func = functools.partial(gradient_checkpointing_func, use_reentrant=False, context_fn=contexts)
@@ -147,8 +149,9 @@ def weighted_sum(model: RoutedModel, terms: dict[str, Tensor]) -> Tensor | None:
 def token_share(model: nn.Module, given: dict[str, Any]) -> Tensor | float:
     """This batch's part of the tokens that the trainer's loss is normalised by; 1 without gradient accumulation.
 
-    A trainer that passes ``num_items_in_batch`` divides the summed token loss of each micro-batch by the tokens of all of
-    them (over processes too). Auxiliary means weighted by the same shares add up to their mean over the whole batch.
+    A trainer that passes ``num_items_in_batch`` divides the summed token loss of each micro-batch by the tokens of
+    all of them (over processes too). Auxiliary means weighted by the same shares add up to their mean over the whole
+    batch.
     """
     total = given.get("num_items_in_batch")
     labels = given.get("shift_labels", given.get("labels"))
@@ -245,12 +248,11 @@ def _watch_optimizers(model: RoutedModel) -> weakref.ref[nn.Module]:
 
     def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         alive = watched()
-        if alive is None:
-            handle.remove()
+        if alive is None:  # the hook of a model long gone: torch walks its hooks, so none may be removed here
             return
         own = {id(p) for p in alive.parameters() if p.requires_grad}
         if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
             after_step(alive)  # type: ignore[arg-type]
 
-    handle = register_optimizer_step_post_hook(stepped)
+    register_optimizer_step_post_hook(stepped)
     return watched

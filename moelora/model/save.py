@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from moelora import __version__
 from moelora.core.errors import AdapterError, OutputError
@@ -17,7 +18,6 @@ from moelora.model.adapt import _main_process, attach, fingerprint, print_table
 from moelora.model.config import AdapterConfig, build_site, resolve
 from moelora.model.routed import Adaptation, adaptation, routed_layers
 from moelora.targets.named import select
-from transformers.pytorch_utils import Conv1D
 
 Base = TypeVar("Base", bound=nn.Module)
 
@@ -144,8 +144,10 @@ def fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def _own(layer: nn.Module) -> list[tuple[str, Tensor]]:
-    """Name and tensor of all that an adapter saves of a layer: its parameters and persistent buffers, not the base's."""
-    return [(key, value) for key, value in layer.state_dict(keep_vars=True).items() if not key.startswith("base_layer.")]
+    """Name and tensor of all that an adapter saves of a layer: parameters and persistent buffers but the base's."""
+    return [
+        (key, value) for key, value in layer.state_dict(keep_vars=True).items() if not key.startswith("base_layer.")
+    ]
 
 
 def _adapter_keys(layer: nn.Module) -> list[str]:
@@ -197,8 +199,8 @@ def _check_base(model: nn.Module, manifest: Manifest, config: AdapterConfig, fol
     own = fingerprint(model, [site.name for site in sites])
     if not force and None not in (own, manifest.base.fingerprint) and own != manifest.base.fingerprint:
         raise AdapterError(
-            f"{folder}: made for the weights of '{manifest.base.model}' (fingerprint {manifest.base.fingerprint}), and this "
-            f"model has others ({own}); load the right base model, or pass force=True"
+            f"{folder}: made for the weights of '{manifest.base.model}' (fingerprint {manifest.base.fingerprint}), and "
+            f"this model has others ({own}); load the right base model, or pass force=True"
         )
 
 
@@ -233,7 +235,13 @@ def _folder(adapter: str | Path, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = [MANIFEST, ROUTER_FILE, "experts/*/adapter_config.json", "experts/*/adapter_model.safetensors", "README.md"]
+    wanted = [
+        MANIFEST,
+        ROUTER_FILE,
+        "experts/*/adapter_config.json",
+        "experts/*/adapter_model.safetensors",
+        "README.md",
+    ]
     try:
         return Path(snapshot_download(str(adapter), revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -48,7 +48,14 @@ def mix(h: Tensor, gate: Tensor, core: Tensor | None, columns: int) -> Tensor:
 
 
 def forward(
-    x: Tensor, A: Tensor, B: Tensor, scale: Tensor, weight: Tensor, index: Tensor | None, core: Tensor | None, width: int
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    core: Tensor | None,
+    width: int,
 ) -> tuple[Tensor, Tensor]:
     """(delta [T, O] in x's dtype, h [T, R] kept for backward)."""
     dtype = compute_dtype(x)

@@ -33,7 +33,14 @@ def routed_lora(
 
 @routed_lora.register_fake
 def _(
-    x: Tensor, A: Tensor, B: Tensor, scale: Tensor, weight: Tensor, index: Tensor | None, core: Tensor | None, width: int
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    core: Tensor | None,
+    width: int,
 ) -> tuple[Tensor, Tensor]:
     h = x.new_empty(x.shape[0], A.shape[0], dtype=reference.compute_dtype(x))
     return x.new_empty(x.shape[0], B.shape[0]), h
@@ -72,7 +79,7 @@ def _(
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like(tensor: Tensor | None, wanted: bool) -> Tensor:
-        return torch.empty_like(tensor) if wanted and tensor is not None else x.new_empty(0)
+        return x.new_empty(tensor.shape, dtype=tensor.dtype) if wanted and tensor is not None else x.new_empty(0)
 
     return like(x, need[0]), like(A, need[1]), like(B, need[2]), like(weight, need[3]), like(core, need[4])
 

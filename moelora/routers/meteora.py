@@ -1,12 +1,13 @@
 """MeteoRA: a linear gate in every adapted projection picks the top-k of E LoRA experts per token.
 
-Paper: Xu et al., "MeteoRA: Multiple-tasks Embedded LoRA", arXiv 2405.13053 (ICLR 2025); formulas from the released code.
+Paper: Xu et al., "MeteoRA: Multiple-tasks Embedded LoRA", arXiv 2405.13053 (ICLR 2025); formulas from the released
+code.
 
     l = x Wg^T;   S = k largest of l;   w = softmax(l_S / temperature);   y = W x + sum_S w_e (lora_alpha / r) B_e A_e x
 
 Shapes: weight (Wg) [E, D], no bias; x is the projection's input before dropout. Softmax over the chosen logits equals
-softmax over all, top-k, renormalised (at temperature 1). With top_k: 1 the gate is 1 and the language-model loss gives it
-no gradient: pair it with the supervised gate loss, as the authors do.
+softmax over all, top-k, renormalised (at temperature 1). With top_k: 1 the gate is 1 and the language-model loss
+gives it no gradient: pair it with the supervised gate loss, as the authors do.
 
 Differences from the released code: the temperature there exists only in the accelerated path; the gate loss is
 ``losses: {supervised_gate: ...}`` (weight 50 there, with frozen adapters).

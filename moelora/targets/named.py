@@ -23,7 +23,9 @@ from moelora.core.validate import nearest
 
 SUPPORTED = (nn.Linear, Conv1D)
 _CLASSIFIERS = ("score", "classifier")  # heads that PEFT leaves out of all-linear too
-_CROSS = re.compile(r"(EncDecAttention|encoder_attn|crossattention|cross_attn|encoder_decoder_attention)\.(self\.)?(k|v)")
+_CROSS = re.compile(
+    r"(EncDecAttention|encoder_attn|crossattention|cross_attn|encoder_decoder_attention)\.(self\.)?(k|v)"
+)
 
 
 def select(

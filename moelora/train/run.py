@@ -187,8 +187,8 @@ def _checkpoint(out: Path, resume: bool) -> str | None:
         raise OutputError(f"training.output_dir {out}: holds files that no run wrote ({names}); choose another folder")
     if not resume:
         raise OutputError(
-            f"training.output_dir {out}: holds a run already; add --resume to go on from its last checkpoint, or choose "
-            "another folder (training.output_dir=...)"
+            f"training.output_dir {out}: holds a run already; add --resume to go on from its last checkpoint, or "
+            "choose another folder (training.output_dir=...)"
         )
     # The trainer writes its state last, so a checkpoint without it was cut off.
     complete = [path for path in out.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]

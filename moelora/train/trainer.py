@@ -1,7 +1,8 @@
 """MoeLoraTrainer: TRL's SFTTrainer that knows tasks and routed models.
 
-What it adds: task ids beside the tokens (also when packed), auxiliary losses in the loss and the logs, routing statistics,
-loss per task and exact match at evaluation, adapter checkpoints. Everything else is TRL's and transformers'.
+What it adds: task ids beside the tokens (also when packed), auxiliary losses in the loss and the logs, routing
+statistics, loss per task and exact match at evaluation, adapter checkpoints. Everything else is TRL's and
+transformers'.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class MoeLoraTrainer(SFTTrainer):
             processing_class=processing_class,
             callbacks=[_AfterStep(), *(callbacks or [])],
         )
-        own = self.data_collator
+        own: Any = self.data_collator
         self.data_collator = TaskCollator(
             pad_token_id=own.pad_token_id, padding_free=own.padding_free, pad_to_multiple_of=own.pad_to_multiple_of
         )
@@ -92,8 +93,9 @@ class MoeLoraTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "task_ids" not in self._signature_columns:
-            self._signature_columns += ["task_ids"]
+        columns: Any = self._signature_columns
+        if "task_ids" not in columns:
+            columns.append("task_ids")
 
     def _prepare_dataset(
         self,
@@ -108,7 +110,9 @@ class MoeLoraTrainer(SFTTrainer):
         with quiet_if_small(len(dataset)):
             return self._with_tasks(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
-    def _with_tasks(self, dataset: Dataset, processing_class: Any, args: SFTConfig, packing: bool, *rest: Any) -> Dataset:
+    def _with_tasks(
+        self, dataset: Dataset, processing_class: Any, args: SFTConfig, packing: bool, *rest: Any
+    ) -> Dataset:
         if "task_ids" in dataset.column_names:
             return dataset
         is_text = [text is not None for text in dataset["text"]]
@@ -120,7 +124,9 @@ class MoeLoraTrainer(SFTTrainer):
                 shuffled, args.shuffle_dataset = args.shuffle_dataset, False
                 parts.append(super()._prepare_dataset(part, processing_class, args, False, *rest))
                 args.shuffle_dataset = shuffled
-        prepared = concatenate_datasets([part.select_columns(["input_ids", "labels", "task_id", "row"]) for part in parts])
+        prepared = concatenate_datasets(
+            [part.select_columns(["input_ids", "labels", "task_id", "row"]) for part in parts]
+        )
         order = prepared["row"]
         prepared = prepared.select(sorted(range(len(prepared)), key=lambda i: order[i]))
         prepared = prepared.map(
@@ -128,7 +134,7 @@ class MoeLoraTrainer(SFTTrainer):
             remove_columns=["task_id", "row"],
             desc="Adding task ids",
         )
-        if packing:
+        if packing and args.max_length is not None:  # TRL has refused None
             prepared = pack_dataset(prepared, args.max_length, args.packing_strategy)
         return prepared
 
@@ -185,13 +191,15 @@ class MoeLoraTrainer(SFTTrainer):
             metrics[f"{metric_key_prefix}_{task}_accuracy"] = accuracy
         if self.routing is not None:
             metrics.update({f"{metric_key_prefix}_routing/{k}": v for k, v in self.routing.summary().items()})
-        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
+        nothing: Any = None  # predictions are not kept
+        return EvalLoopOutput(nothing, None, metrics, len(dataloader.dataset))
 
     def generated_accuracy(self, model: Any) -> dict[str, float]:
         """Exact match by generation, for the tasks that ask for it."""
         if self.eval_rows is None or not self.exact_match:
             return {}
         found = {}
+        tokenizer: Any = self.processing_class
         names = self.eval_rows["task"]
         chat = not isinstance(self.eval_rows[0]["prompt"], str)
         for task in self.exact_match:
@@ -199,7 +207,7 @@ class MoeLoraTrainer(SFTTrainer):
             if len(rows):
                 prompts = as_prompts(rows, chat=True) if chat else list(rows["prompt"])
                 answers = [row[-1]["content"] for row in rows["completion"]] if chat else list(rows["completion"])
-                found[task] = exact_match(model, self.processing_class, prompts, answers)
+                found[task] = exact_match(model, tokenizer, prompts, answers)
         return found
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -209,4 +217,5 @@ class MoeLoraTrainer(SFTTrainer):
         restore(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        restore(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+        if self.state.best_model_checkpoint is not None:
+            restore(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)

@@ -61,7 +61,7 @@ class Chat:
         self.model, self.tokenizer, self.chat = _open(folder, base, plugins)
         self.turns: list[Message] = []
         self.max_new_tokens = max_new_tokens
-        self.sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+        self.sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
         torch.manual_seed(seed)
 
     def answer(self, line: str) -> str:

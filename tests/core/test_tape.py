@@ -1,0 +1,203 @@
+"""Tape and Port: what a layer may know of a pass, what is recorded, and what a recomputation replays."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from moelora.core.errors import MoeloraError
+from moelora.core.route import Route
+from moelora.core.tape import Port, Site, Tape, View
+
+SITE = Site("layer", 0, 5, 7)
+DECODER = Site("decoder.layer", 1, 5, 7, stream="decoder")
+MASK = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]).bool()
+
+
+def look(tape: Tape, *shape: int, site: Site = SITE) -> View:
+    return tape.view(site, torch.Size(shape))
+
+
+def test_no_mask_means_all_tokens_count() -> None:
+    view = look(Tape(), 2, 4)
+    assert view.mask is None and view.task is None and view.shape == (2, 4)
+
+
+def test_mask_of_a_plain_batch() -> None:
+    assert torch.equal(look(Tape(mask={"input": MASK}), 2, 4).mask, MASK.reshape(-1))
+
+
+def test_mask_of_a_cached_decode_covers_the_last_tokens() -> None:
+    tape = Tape(mask={"input": MASK})
+    assert look(tape, 2, 1).mask.tolist() == [True, True]
+    assert look(tape, 2, 3).mask.tolist() == [True] * 6
+    longer = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()  # right padding
+    assert look(Tape(mask={"input": longer}), 2, 2).mask.tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 5), (3, 4), (2, 4, 6), (8,), ()])
+def test_mask_of_something_that_is_not_the_sequence_is_none(shape: tuple[int, ...]) -> None:
+    assert look(Tape(mask={"input": MASK}), *shape).mask is None
+
+
+def test_encoder_and_decoder_have_their_own_masks() -> None:
+    tape = Tape(mask={"input": MASK, "decoder": MASK[:, :3].flip(1)})
+    assert torch.equal(look(tape, 2, 4).mask, MASK.reshape(-1))
+    assert torch.equal(look(tape, 2, 3, site=DECODER).mask, MASK[:, :3].flip(1).reshape(-1))
+    assert look(Tape(mask={"input": MASK}), 2, 3, site=DECODER).mask is None
+
+
+def test_task_per_sequence_is_spread_over_its_tokens() -> None:
+    tape = Tape(task=torch.tensor([4, 9]))
+    assert look(tape, 2, 3).task.tolist() == [4, 4, 4, 9, 9, 9]
+    assert look(tape, 2).task.tolist() == [4, 9]
+    assert look(tape, 2, 1, 2).task.tolist() == [4, 4, 9, 9]
+
+
+def test_task_per_token() -> None:
+    tape = Tape(task=torch.tensor([[1, 1, 2], [3, 3, 3]]))
+    assert look(tape, 2, 3).task.tolist() == [1, 1, 2, 3, 3, 3]
+    assert look(tape, 2, 1).task.tolist() == [2, 3]  # the newest token's, while decoding
+    assert look(tape, 2).task.tolist() == [2, 3]
+
+
+def test_task_of_another_batch_size_is_unknown() -> None:
+    tape = Tape(task=torch.tensor([4, 9]))
+    assert look(tape, 6).task is None and look(tape).task is None
+
+
+def test_terms_and_loads_are_recorded_per_name_and_site() -> None:
+    tape = Tape()
+    first, second = look(tape, 2, 4), look(tape, 2, 4, site=DECODER)
+    first.add("z", torch.tensor(1.0))
+    second.add("z", torch.tensor(2.0))
+    first.count(torch.tensor([1.0, 0.0]))
+    first.count(torch.tensor([2.0, 5.0]))  # a layer that a model calls twice in one pass
+    second.count(torch.tensor([7.0]))
+    assert [term.item() for term in tape.terms["z"]] == [1, 2]
+    assert {site: load.tolist() for site, load in tape.load.items()} == {0: [3, 5], 1: [7]}
+
+
+def test_observer_sees_the_route() -> None:
+    seen: list[tuple[View, Route]] = []
+    tape = Tape(observer=lambda view, route: seen.append((view, route)))
+    view, route = look(tape, 2, 4), Route(torch.ones(8, 1), 1)
+    view.observe(route)
+    assert seen == [(view, route)]
+
+
+def test_replay_repeats_choices_in_order_and_records_nothing() -> None:
+    seen: list[Route] = []
+    tape = Tape(observer=lambda view, route: seen.append(route))
+    view, choices = look(tape, 2, 4), []
+    with tape.remember(choices):
+        first = [view.once(lambda: torch.tensor([1])), view.once(lambda: torch.tensor([2]))]
+    with tape.replay(choices):
+        assert not tape.recording
+        again = [view.once(never), view.once(never)]
+        view.add("z", torch.tensor(1.0))
+        view.count(torch.tensor([1.0]))
+        view.observe(Route(torch.ones(8, 1), 1))
+    assert again == first
+    assert tape.recording and not tape.terms and not tape.load and not seen
+
+
+def never() -> Tensor:
+    raise AssertionError("a replayed choice was computed again")
+
+
+def test_once_outside_a_region_just_chooses() -> None:
+    view = look(Tape(), 1)
+    assert [view.once(lambda i=i: torch.tensor(i)).item() for i in range(3)] == [0, 1, 2]
+
+
+def test_regions_remember_their_own_choices() -> None:
+    tape = Tape()
+    view, one, two = look(tape, 1), [], []
+    with tape.remember(one):
+        view.once(lambda: torch.tensor(1))
+        with tape.remember(two):
+            view.once(lambda: torch.tensor(2))
+        view.once(lambda: torch.tensor(3))
+    assert [c.item() for c in one] == [1, 3] and [c.item() for c in two] == [2]
+    with tape.replay(two):
+        assert view.once(never).item() == 2
+    with tape.replay(one):
+        assert [view.once(never).item() for _ in range(2)] == [1, 3]
+
+
+def test_port_holds_the_innermost_tape_and_lets_go() -> None:
+    port, outer, inner = Port(), Tape(), Tape()
+    assert port.tape is None
+    with port.on(outer):
+        with port.on(inner) as current:
+            assert current is inner and port.tape is inner
+        assert port.tape is outer
+    assert port.tape is None
+
+
+def test_port_lets_go_after_an_error() -> None:
+    port = Port()
+    with pytest.raises(KeyError), port.on(Tape()):
+        raise KeyError
+    assert port.tape is None
+    with port.on(Tape()):  # and can be used again
+        pass
+
+
+def test_port_refuses_a_second_thread_while_busy() -> None:
+    port, found = Port(), []
+
+    def enter() -> None:
+        try:
+            with port.on(Tape()):
+                found.append("entered")
+        except MoeloraError as error:
+            found.append(str(error))
+
+    def run() -> None:
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
+
+    with port.on(Tape()) as tape:
+        run()
+        assert port.tape is tape  # the pass that was there first goes on undisturbed
+    assert len(found) == 1 and "another thread" in found[0] and "torchrun" in found[0]
+    run()
+    assert found[1] == "entered"  # one after the other is fine
+
+
+def test_contexts_of_a_region_replay_the_tape_of_its_forward() -> None:
+    port, tape = Port(), Tape()
+    with port.on(tape):
+        forward, recompute = port.contexts()
+        with forward:
+            chosen = port.tape.view(SITE, torch.Size((1,))).once(lambda: torch.tensor([5]))
+    with port.on(Tape()):  # another forward came in between
+        pass
+    with recompute:
+        assert port.tape is tape
+        assert port.tape.view(SITE, torch.Size((1,))).once(never) is chosen
+    assert port.tape is None
+
+
+def test_contexts_outside_a_forward_do_nothing() -> None:
+    forward, recompute = Port().contexts()
+    with forward, recompute:
+        pass
+
+
+def test_a_region_can_be_recomputed_twice() -> None:
+    # Two backward passes over one graph (retain_graph=True) recompute the region twice, in the same context object.
+    port = Port()
+    with port.on(Tape()):
+        forward, recompute = port.contexts()
+        with forward:
+            port.tape.view(SITE, torch.Size((1,))).once(lambda: torch.tensor([5]))
+    for _ in range(2):
+        with recompute:
+            assert port.tape.view(SITE, torch.Size((1,))).once(never).item() == 5
