@@ -7,6 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -15,6 +18,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -76,10 +80,10 @@ def bert(seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> B
 
 
 def t5(seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> T5ForConditionalGeneration:
-    """An encoder-decoder."""
+    """An encoder-decoder. Eager attention: the fused one adds up in another order when its bias requires a gradient."""
     shape = {"vocab_size": VOCAB, "d_model": HIDDEN, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4}
     ids = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2}
-    config = T5Config(**{**shape, **ids, "dropout_rate": 0.0, **options})
+    config = T5Config(**{**shape, **ids, "dropout_rate": 0.0, "attn_implementation": "eager", **options})
     return _seeded(T5ForConditionalGeneration, config, seed, dtype)
 
 
@@ -140,6 +144,22 @@ def checkpointing(model: Any, **kwargs: Any) -> Any:
 def unlabelled(given: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same inputs for a forward without a loss."""
     return {key: value for key, value in given.items() if key != "labels"}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words w0 to w63 are the token ids 0 to 63; left padding, no special tokens added."""
+    words = {f"w{number}": number for number in range(VOCAB)}
+    inner = Tokenizer(WordLevel(words, unk_token="w3"))
+    inner.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="w0",
+        bos_token="w1",
+        eos_token="w2",
+        unk_token="w3",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def adapted(kind: str, method: str = "smora", seed: int = 0, noise: float = 0.3, **more: Any) -> Any:

@@ -20,12 +20,14 @@ class Strict(BaseModel):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'? known: ..."`` for an error message."""
+    """``"; did you mean 'x'? known: ..."`` for an error message; a long list of names only when none is near."""
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+    close = difflib.get_close_matches(word, names, n=3, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ";"
+    if not names or (close and len(names) > 24):
+        return hint if close else ""
     shown = ", ".join(names[:40]) + (f", ... ({len(names)} in all)" if len(names) > 40 else "")
-    return f"{hint} known: {shown}" if names else hint
+    return f"{hint} known: {shown}"
 
 
 def check(model: type[Model], values: Any, where: str) -> Model:

@@ -28,7 +28,8 @@ def loss_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
     return _png(figure)
 
 

@@ -1,0 +1,105 @@
+"""generate and pipeline on an adapted model: a cache changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import pipeline
+
+import moelora
+from moelora.model.routed import routed_layers
+from tests import tiny
+
+METHODS = ["single", "smora", "smora_blocks", "meteora"]
+NEW = 8
+
+
+def model_for(kind: str, method: str, **more: Any) -> Any:
+    """float64, so that two orders of summation never decide a token."""
+    model = tiny.adapted(kind, method, dtype=torch.float64, noise=0.5, **more).eval()
+    if kind == "t5":  # with its embedding as output head, an untrained T5 only repeats itself
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(tiny.VOCAB, tiny.HIDDEN, dtype=torch.float64))
+    return model
+
+
+def prompts(kind: str, left_padded: bool) -> dict[str, Tensor]:
+    given = tiny.unlabelled(tiny.batch(kind, rows=3, length=6, padded=False))
+    if left_padded:
+        for row, cut in enumerate([0, 2, 4]):
+            given["attention_mask"][row, :cut] = 0
+            given["input_ids"][row, :cut] = 0
+    return given
+
+
+def generated(model: Any, given: dict[str, Tensor], **how: Any) -> Tensor:
+    torch.manual_seed(4)
+    return model.generate(**given, max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=0, **how)
+
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "temperature": 1.5, "top_k": 10},
+    "beams": {"do_sample": False, "num_beams": 2},
+}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("method", ["smora", "meteora"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("left_padded", [False, True])
+def test_a_cache_changes_nothing(kind: str, method: str, strategy: str, left_padded: bool) -> None:
+    model, given, how = model_for(kind, method), prompts(kind, left_padded), STRATEGIES[strategy]
+    cached = generated(model, given, use_cache=True, **how)
+    assert torch.equal(cached, generated(model, given, use_cache=False, **how))
+    with moelora.disabled(model):
+        base = generated(model, given, **how)
+    assert not torch.equal(cached, base)  # the experts had a say
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_router_decodes_with_a_cache(method: str) -> None:
+    model, given = model_for("llama", method), prompts("llama", True)
+    assert torch.equal(generated(model, given, use_cache=True), generated(model, given, use_cache=False))
+
+
+def test_a_padded_prompt_continues_as_it_does_alone() -> None:
+    model, given = model_for("llama", "smora"), prompts("llama", True)
+    together = generated(model, given)[2, -NEW:]
+    alone = generated(model, {key: value[2:, 4:] for key, value in given.items()})[0, -NEW:]
+    assert torch.equal(together, alone)
+
+
+def test_generating_counts_nothing_and_keeps_no_tape() -> None:
+    model = model_for("llama", "smora", losses={"z": 1.0})
+    generated(model, prompts("llama", False))
+    model.train()  # a trainer that samples during training
+    generated(model, prompts("llama", False))
+    assert not model.moelora.port.load and model.moelora.port.tape is None
+    assert all((bias == 0).all() for bias in tiny.biases(model).values())
+
+
+def test_masks_cover_the_tokens_of_every_decoding_step() -> None:
+    model, given, seen = model_for("llama", "smora"), prompts("llama", True), []
+    with moelora.collect(model, lambda view, route: seen.append((view.shape, view.mask))):
+        generated(model, given)
+    sites = len(routed_layers(model))
+    first, later = seen[:sites], seen[sites:]
+    assert all(shape == (3, 6) and torch.equal(mask, given["attention_mask"].reshape(-1) == 1) for shape, mask in first)
+    assert len(later) == (NEW - 1) * sites
+    assert all(shape == (3, 1) and mask.all() for shape, mask in later)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_pipeline(batch_size: int) -> None:
+    model = tiny.adapted("llama", "smora", noise=0.5, dtype=torch.float64).eval()
+    run = pipeline("text-generation", model=model, tokenizer=tiny.tokenizer(), batch_size=batch_size, device="cpu")
+    how = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "return_tensors": True}
+    found = [out[0]["generated_token_ids"] for out in run(["w5 w4 w6", "w7"], **how)]
+    for prompt, tokens in zip(([5, 4, 6], [7]), found, strict=True):
+        given = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt), dtype=torch.long)}
+        assert list(tokens)[-4:] == generated(model, given)[0, len(prompt) : len(prompt) + 4].tolist()
+    (text,) = run("w5 w4 w6", max_new_tokens=4, do_sample=False)
+    assert text["generated_text"].startswith("w5 w4 w6")
