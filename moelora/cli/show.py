@@ -19,7 +19,7 @@ from moelora.core.methods import AXES, Methods
 def task_table(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
     """task x run, accuracy where answers were generated, token accuracy (~) elsewhere, the loss beside it."""
     tasks = list(dict.fromkeys(task for run in runs.values() for task in run))
-    table = Table("task", *(f"{name}" for name in runs), caption="accuracy (loss); ~ is token accuracy")
+    table = Table("task", *runs)
     for task in tasks:
         table.add_row(task, *(_cell(run.get(task)) for run in runs.values()))
     means = []
@@ -30,6 +30,7 @@ def task_table(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
         table.add_section()
         table.add_row("mean", *means)
     Console().print(table)
+    print("accuracy of whole answers (~: of single tokens), and the loss")
 
 
 def _cell(values: Mapping[str, Any] | None) -> str:

@@ -109,6 +109,7 @@ def sft_config(recipe: Recipe) -> SFTConfig:
     fitting = {
         "report_to": "tensorboard",
         "logging_steps": 10,
+        "save_total_limit": 3,
         "bf16": gpu and torch.cuda.is_bf16_supported(),
         "dataloader_pin_memory": gpu,
         "gradient_checkpointing": gpu,

@@ -124,6 +124,10 @@ class MoeLoraTrainer(SFTTrainer):
                 shuffled, args.shuffle_dataset = args.shuffle_dataset, False
                 parts.append(super()._prepare_dataset(part, processing_class, args, False, *rest))
                 args.shuffle_dataset = shuffled
+                lost = len(rows) - len(parts[-1])
+                if lost:
+                    share = f"{lost:,} of {len(rows):,} rows of the {rest[-1]} dataset"
+                    print(f"{share} have no answer left within max_length {args.max_length}, and are left out")
         prepared = concatenate_datasets(
             [part.select_columns(["input_ids", "labels", "task_id", "row"]) for part in parts]
         )
