@@ -14,7 +14,8 @@ from moelora.core.errors import ConfigError
 from moelora.core.methods import Methods
 from moelora.model.config import AdapterConfig, build_init, build_losses, build_site, resolve
 from moelora.model.layer import RoutedLinear
-from moelora.model.routed import Adaptation, RoutedModel, routed_layers
+from moelora.model.record import Adaptation, main_process, routed_layers
+from moelora.model.routed import RoutedModel
 from moelora.targets.named import select
 
 Base = TypeVar("Base", bound=nn.Module)
@@ -38,7 +39,7 @@ def adapt(
     """
     methods = Methods(plugins)
     attach(model, resolve(config, methods), methods, initialise=True)
-    if verbose and _main_process():
+    if verbose and main_process():
         print_table(model)
     return model
 
@@ -118,8 +119,3 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """(trainable, total) parameters; shards of a partitioned model count in full."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
-
-
-def _main_process() -> bool:
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not ready or torch.distributed.get_rank() == 0

@@ -12,7 +12,6 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +21,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 from moelora.core.errors import MoeloraError
-from moelora.core.methods import Methods
 from moelora.core.route import Route
-from moelora.core.tape import Collector, Port, Site, Tape, View
-from moelora.losses.base import Loss
-from moelora.model.config import AdapterConfig
-from moelora.model.layer import RoutedLinear
-
-
-@dataclass
-class Adaptation:
-    """What ``adapt`` did to a model; ``model.moelora``."""
-
-    config: AdapterConfig
-    methods: Methods
-    sites: list[Site]
-    losses: dict[str, Loss]
-    fingerprint: str | None
-    port: Port = field(default_factory=Port)
-    watched: weakref.ref[nn.Module] | None = None
+from moelora.core.tape import Collector, Tape, View
+from moelora.model.record import Adaptation, adaptation, routed_layers
+from moelora.model.write import write
 
 
 class RoutedModel(nn.Module):
@@ -119,8 +103,6 @@ class RoutedModel(nn.Module):
         **_: Any,
     ) -> None:
         """Write the adapter (not the base model) to a folder; ``moelora.load`` reads it."""
-        from moelora.model.save import write
-
         if is_main_process:
             write(self, Path(save_directory), state_dict)
 
@@ -131,12 +113,6 @@ class RoutedModel(nn.Module):
         watched = self.moelora.watched
         if watched is None or watched() is not self:  # a deep copy carries the original's reference
             self.moelora.watched = _watch_optimizers(self)
-
-
-def routed_layers(model: nn.Module) -> list[RoutedLinear]:
-    """The layers with experts, in site order."""
-    layers = [module for module in model.modules() if isinstance(module, RoutedLinear)]
-    return sorted(layers, key=lambda layer: layer.site.index)
 
 
 def weighted_sum(model: RoutedModel, terms: dict[str, Tensor]) -> Tensor | None:
@@ -204,14 +180,6 @@ def collect(model: nn.Module, observer: Callable[[View, Route], None] | None = N
         yield collectors[-1]
     finally:
         collectors.pop()
-
-
-def adaptation(model: nn.Module) -> Adaptation:
-    """What ``adapt`` did to ``model``. Raises MoeloraError if it did nothing."""
-    found = getattr(model, "moelora", None)
-    if not isinstance(found, Adaptation):
-        raise MoeloraError(f"this {type(model).__name__} has no experts; call moelora.adapt or moelora.load first")
-    return found
 
 
 def _mean(values: list[Tensor]) -> Tensor:

@@ -77,7 +77,7 @@ def train(
     base = None
     if evaluate_base and held_out is not None:
         with disabled(model):
-            base = task_metrics(trainer.evaluate(), names)
+            base = task_metrics(trainer.measure(), names)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started

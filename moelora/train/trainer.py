@@ -198,6 +198,12 @@ class MoeLoraTrainer(SFTTrainer):
         nothing: Any = None  # predictions are not kept
         return EvalLoopOutput(nothing, None, metrics, len(dataloader.dataset))
 
+    def measure(self) -> dict[str, float]:
+        """``evaluate`` without logging: nothing is reported or written, also before training has begun."""
+        metrics = self.evaluation_loop(self.get_eval_dataloader(), "Measuring").metrics
+        assert metrics is not None
+        return metrics
+
     def generated_accuracy(self, model: Any) -> dict[str, float]:
         """Exact match by generation, for the tasks that ask for it."""
         if self.eval_rows is None or not self.exact_match:

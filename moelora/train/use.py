@@ -40,7 +40,7 @@ def evaluate_folder(
     with tempfile.TemporaryDirectory() as scratch:
         training = {**recipe.training, "output_dir": scratch, "report_to": "none"}
         trainer = build_trainer(recipe.model_copy(update={"training": training}), model, tokenizer, tasks, rows, rows)
-        metrics = trainer.evaluate()
+        metrics = trainer.measure()
     routing = trainer.routing.to_json() if trainer.routing is not None else {}
     return {"tasks": task_metrics(metrics, [task.name for task in tasks]), "routing": routing}
 

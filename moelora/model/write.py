@@ -1,0 +1,147 @@
+"""write: an adapted model's experts, router and configuration as a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from moelora import __version__
+from moelora.core.errors import AdapterError, OutputError
+from moelora.io.folder import MANIFEST, write_folder
+from moelora.model.config import AdapterConfig
+from moelora.model.record import Adaptation, adaptation, routed_layers
+
+ROUTER_FILE = "router.safetensors"
+PEFT_PREFIX = "base_model.model."
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise OutputError if ``folder`` is a file, or holds files and no adapter."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        names = ", ".join(sorted(path.name for path in folder.iterdir())[:5])
+        raise OutputError(f"{folder}: not empty and not written by moelora ({names}); choose another folder")
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: a file; expected a folder")
+
+
+def write(model: nn.Module, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """``save`` without the check; state_dict: full tensors by parameter name, where the model holds only shards."""
+    record = adaptation(model)
+    state = model.state_dict() if state_dict is None else state_dict
+    experts: dict[str, dict[str, Tensor]] = {name: {} for name in _expert_names(record.config)}
+    rest: dict[str, Tensor] = {}
+    alpha: dict[str, float] = {}
+    conv1d = False
+    for layer in routed_layers(model):
+        prefix = layer.site.name
+        conv1d = conv1d or isinstance(layer.base_layer, Conv1D)
+        own = {key: _find(state, f"{prefix}.{key}") for key in _keys(layer)}
+        if _is_lora(own):
+            for index, tensors in enumerate(experts.values()):
+                rows = slice(index * layer.experts.r, (index + 1) * layer.experts.r)
+                tensors[f"{PEFT_PREFIX}{prefix}.lora_A.weight"] = own["experts.lora_A"][rows]
+                tensors[f"{PEFT_PREFIX}{prefix}.lora_B.weight"] = own["experts.lora_B"][:, rows]
+            own = {key: value for key, value in own.items() if not key.startswith("experts.")}
+            alpha[prefix] = float(layer.experts.scale[0]) * layer.experts.r
+        rest.update({f"{prefix}.{key}": value for key, value in own.items()})
+
+    files: dict[str, dict[str, Tensor] | str] = {"README.md": _card(record, model)}
+    files[ROUTER_FILE] = {key: value.detach().cpu() for key, value in rest.items()}
+    for name, tensors in experts.items():
+        if tensors:
+            files[f"experts/{name}/adapter_model.safetensors"] = {k: v.detach().cpu() for k, v in tensors.items()}
+            files[f"experts/{name}/adapter_config.json"] = _peft_config(record, model, alpha, conv1d)
+    config = getattr(model, "config", None)
+    write_folder(
+        folder,
+        {
+            "moelora": __version__,
+            "base": {
+                "model": getattr(config, "_name_or_path", "") or type(model).__name__,
+                "revision": getattr(config, "_commit_hash", None),
+                "cls": type(model).__name__,
+                "fingerprint": record.fingerprint,
+            },
+            "adapter": record.config.model_dump(),
+            "sites": [
+                {"name": s.name, "in_features": s.in_features, "out_features": s.out_features} for s in record.sites
+            ],
+            "experts": list(experts),
+        },
+        files,
+    )
+
+
+def own_tensors(layer: nn.Module) -> list[tuple[str, Tensor]]:
+    """Name and tensor of all that an adapter saves of a layer: parameters and persistent buffers but the base's."""
+    return [
+        (key, value) for key, value in layer.state_dict(keep_vars=True).items() if not key.startswith("base_layer.")
+    ]
+
+
+def _keys(layer: nn.Module) -> list[str]:
+    return [key for key, _ in own_tensors(layer)]
+
+
+def _is_lora(own: Iterable[str]) -> bool:
+    return {key for key in own if key.startswith("experts.")} == {"experts.lora_A", "experts.lora_B"}
+
+
+def _find(state: dict[str, Tensor], key: str) -> Tensor:
+    for name in (key, f"module.{key}"):
+        if name in state:
+            return state[name]
+    raise AdapterError(f"{key}: not in the state to be saved, which has {len(state)} other entries")
+
+
+def _expert_names(config: AdapterConfig) -> list[str]:
+    width = len(str(config.experts.num_experts - 1))
+    return [f"expert_{index:0{width}d}" for index in range(config.experts.num_experts)]
+
+
+def _peft_config(record: Adaptation, model: nn.Module, alpha: dict[str, float], conv1d: bool) -> str:
+    values = sorted(set(alpha.values()))
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
+        "r": record.config.experts.r,
+        "lora_alpha": values[0],
+        "target_modules": [site.name for site in record.sites],
+        "lora_dropout": record.config.experts.lora_dropout,
+        "fan_in_fan_out": conv1d,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    return json.dumps(config, indent=2) + "\n"
+
+
+def _card(record: Adaptation, model: nn.Module) -> str:
+    config = record.config
+    base = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    experts, router = config.experts, dict(config.router)
+    name = router.pop("name")
+    options = ", ".join(f"{key}={value}" for key, value in router.items())
+    return f"""---
+library_name: moelora
+tags: [lora, mixture-of-experts, moelora]
+---
+
+# A mixture of LoRA experts for `{base}`
+
+{experts.num_experts} x {experts.name} experts of rank {experts.r}, router `{name}`{f" ({options})" if options else ""},
+{len(record.sites)} adapted layers.
+
+```python
+import moelora
+from transformers import AutoModelForCausalLM
+
+model = moelora.load(AutoModelForCausalLM.from_pretrained("{base}"), "PATH_OR_HUB_ID_OF_THIS_FOLDER")
+```
+
+Each folder in `experts/` is a plain PEFT LoRA. Alone it is that expert always on, without the router.
+"""
