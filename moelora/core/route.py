@@ -55,6 +55,4 @@ def dense_gates(weight: Tensor, index: Tensor | None, units: int) -> Tensor:
 
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Indices [T, k] of the k largest scores [T, G], best first; equal scores go to the lowest index."""
-    if k == scores.shape[-1]:
-        return scores.argsort(dim=-1, descending=True, stable=True)
     return scores.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k]

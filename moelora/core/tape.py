@@ -119,7 +119,8 @@ class View:
         tape = self.tape
         if tape._replay is not None:
             return next(tape._replay)
-        chosen = choose()
+        with torch.no_grad():  # a choice saves nothing for backward, in the first pass as in the replay
+            chosen = choose()
         if tape._choices is not None:
             tape._choices.append(chosen)
         return chosen

@@ -54,7 +54,7 @@ def attach(model: nn.Module, config: AdapterConfig, methods: Methods, initialise
     losses = build_losses(config, methods)
     record = Adaptation(config, methods, sites, losses, fingerprint(model, [site.name for site in sites]))
     init = build_init(config, methods)
-    model.requires_grad_(False)
+    layers: dict[str, RoutedLinear] = {}
     for site in sites:
         base_layer = model.get_submodule(site.name)
         weight = _weight(base_layer)
@@ -65,11 +65,18 @@ def attach(model: nn.Module, config: AdapterConfig, methods: Methods, initialise
         if initialise:
             init(experts)
         layer = RoutedLinear(base_layer, site, experts, router, losses, record.port, config.experts.lora_dropout)
-        parent, _, child = site.name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.train(base_layer.training))
+        layers[site.name] = layer.train(base_layer.training)
+
+    model.requires_grad_(False)  # the model has not been touched so far; from here on nothing can fail
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
     cls = type(model)
     model.__class__ = type(cls.__name__, (RoutedModel, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
     model.moelora = record  # type: ignore[assignment]
+    checkpointed = next((m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True), None)
+    if checkpointed is not None:  # turned on before the experts came
+        model._set_gradient_checkpointing(True, checkpointed._gradient_checkpointing_func)  # type: ignore[operator]
 
 
 def fingerprint(model: nn.Module, names: list[str]) -> str | None:

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 from moelora.core.errors import ConfigError
 from moelora.core.methods import Methods
 from moelora.core.tape import Site
-from moelora.core.validate import Strict, check
+from moelora.core.validate import Strict, check, nearest
 from moelora.experts.base import Experts
 from moelora.init.base import Init
 from moelora.losses.base import Loss
@@ -77,11 +77,15 @@ def resolve(config: AdapterConfig | Mapping[str, Any] | str | Path, methods: Met
     Nothing of a model is needed: methods are built once on the meta device. Raises ConfigError.
     """
     if isinstance(config, str | Path):
-        with open(config, encoding="utf-8") as file:
-            config = yaml.safe_load(file)
+        config = _read(Path(config))
     if not isinstance(config, AdapterConfig):
         config = check(AdapterConfig, config, "adapter")
     experts = config.experts
+    own = methods.options("experts", experts.name)
+    for key in (experts.model_extra or {}).keys() - own.keys():
+        raise ConfigError(
+            f"experts.{experts.name}: unknown key '{key}'{nearest(key, {*ExpertsConfig.model_fields, *own})}"
+        )
     filled = config.model_copy(
         update={
             "experts": ExpertsConfig(**{**experts.model_dump(), **methods.check("experts", experts.method())}),
@@ -101,6 +105,15 @@ def resolve(config: AdapterConfig | Mapping[str, Any] | str | Path, methods: Met
     for loss in build_losses(filled, methods).items():
         _refuse_blind_loss(*loss, router, filled.router["name"])
     return filled
+
+
+def _read(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; expected a YAML file with an adapter's keys") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
 
 
 def build_site(config: AdapterConfig, methods: Methods, site: Site) -> tuple[Router, Experts]:

@@ -91,11 +91,18 @@ def _merge(folder: Path, manifest: Manifest, config: AdapterConfig) -> dict[str,
     files = read_tensors(folder, manifest)
     merged = dict(files.get(ROUTER_FILE, {}))
     parts = [files.get(f"experts/{name}/adapter_model.safetensors", {}) for name in manifest.experts]
+    for name, part in zip(manifest.experts, parts, strict=True):
+        for key in sorted(parts[0].keys() ^ part.keys()):
+            has, lacks = (manifest.experts[0], name) if key in parts[0] else (name, manifest.experts[0])
+            raise AdapterError(f"{folder}/experts/{lacks}: no tensor {key}, which {has} has")
+        for key, value in part.items():
+            if value.shape != parts[0][key].shape:
+                raise AdapterError(
+                    f"{folder}/experts/{name}: tensor {key} is {tuple(value.shape)}, in {manifest.experts[0]} "
+                    f"{tuple(parts[0][key].shape)}"
+                )
     for key in parts[0] if parts else ():
         path, _, half = key.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".")
-        missing = [name for name, part in zip(manifest.experts, parts, strict=True) if key not in part]
-        if missing:
-            raise AdapterError(f"{folder}/experts/{missing[0]}: no tensor {key}, which {manifest.experts[0]} has")
         merged[f"{path}.experts.{half}"] = torch.cat([part[key] for part in parts], dim=0 if half == "lora_A" else 1)
     return merged
 

@@ -71,14 +71,11 @@ def _matches(name: str, rule: list[str] | str) -> bool:
 
 
 def _every_target_matches(modules: dict[str, nn.Module], target: list[str] | str) -> None:
-    known = _linear_names(modules)
-    if isinstance(target, str):
-        if not any(name and _matches(name, target) for name in modules):
-            raise TargetError(f"target_modules: the expression '{target}' matches no layer{nearest(target, known)}")
-        return
-    for suffix in target:
-        if not any(name and _matches(name, [suffix]) for name in modules):
-            raise TargetError(f"target_modules: '{suffix}' matches no layer{nearest(suffix, known)}")
+    rules: list[list[str] | str] = [target] if isinstance(target, str) else [[suffix] for suffix in target]
+    for rule in rules:
+        if not any(name and _matches(name, rule) for name in modules):
+            word, kind = (rule, "the expression ") if isinstance(rule, str) else (rule[0], "")
+            raise TargetError(f"target_modules: {kind}'{word}' matches no layer{nearest(word, _linear_names(modules))}")
 
 
 def _refusal(module: nn.Module) -> str | None:
@@ -100,12 +97,10 @@ def _output_head(model: nn.Module) -> list[str]:
 
 
 def _block(name: str, pattern: list[str] | str | None) -> int | None:
+    """The first number in a layer's path (a later one may count experts)."""
     patterns = [pattern] if isinstance(pattern, str) else pattern or [r"[^.]*"]
-    for part in patterns:
-        found = re.match(rf"(?:.*\.)?{part}\.(\d+)\.", name)
-        if found:
-            return int(found.group(1))
-    return None
+    found = (re.match(rf"(?:^|.*?\.){part}\.(\d+)\.", name) for part in patterns)
+    return next((int(match.group(1)) for match in found if match), None)
 
 
 def _site(model: nn.Module, module: nn.Module, name: str, index: int) -> Site:

@@ -19,8 +19,8 @@ LEVELS: dict[str, int] = {
     "model": 4,
     "data": 5,
     "eval": 6,
-    "train": 7,
-    "recipe": 8,
+    "recipe": 7,
+    "train": 8,
     "cli": 9,
     "__main__": 10,
 }

@@ -122,6 +122,24 @@ def test_a_model_takes_task_ids() -> None:
     torch.testing.assert_close(collected.terms[0]["supervised_gate"], expected)
 
 
+def test_a_packed_batch_gives_the_term_of_a_padded_one() -> None:
+    model = tiny.adapted("llama", "meteora", losses={"supervised_gate": 0.5}, dtype=torch.float64)
+    batch, tasks = tiny.batch(), torch.tensor([2, 0, 1])
+    lengths = batch["attention_mask"].sum(1).tolist()
+    real = batch["attention_mask"].bool()
+    packed = {
+        "input_ids": batch["input_ids"][real].unsqueeze(0),
+        "labels": batch["labels"][real].unsqueeze(0),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
+    }
+    found = []
+    for given, ids in ((batch, tasks), (packed, tasks.repeat_interleave(torch.tensor(lengths)).unsqueeze(0))):
+        with moelora.collect(model) as collected:
+            model(**given, task_ids=ids, use_cache=False)  # with a cache, transformers does not see the packing
+        found.append(collected.terms[0]["supervised_gate"])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+
+
 def test_a_model_without_task_ids_says_so() -> None:
     model = tiny.adapted("llama", "meteora", losses={"supervised_gate": 0.5})
     with pytest.raises(DataError, match="needs the task of every sequence"):

@@ -354,6 +354,24 @@ def test_checkpointing_turned_on_before_the_experts_came() -> None:
     tiny.assert_same(loss_and_gradients(model, "llama")[1], expected)
 
 
+def test_reentrant_checkpointing_turned_on_before_is_refused_too() -> None:
+    base = tiny.checkpointing(tiny.llama(), gradient_checkpointing_kwargs={"use_reentrant": True})
+    keys, cls = list(base.state_dict()), type(base)
+    with pytest.raises(MoeloraError, match="use_reentrant=True gives a routed model wrong gradients"):
+        tiny.adapt(base, tiny.METHODS["smora"])
+    assert type(base) is cls and list(base.state_dict()) == keys
+    assert all(p.requires_grad for p in base.parameters())
+
+
+def test_every_second_layer_chosen_before_the_experts_came() -> None:
+    base = tiny.llama()
+    base.activation_checkpointing_enable(every_n_layers=2)
+    model = tiny.shake(tiny.adapt(base, {**tiny.METHODS["smora"], "target_modules": tiny.TARGETS["llama"]}))
+    calls = count_layer_calls(model)
+    tiny.assert_same(loss_and_gradients(model, "llama")[1], loss_and_gradients(tiny.adapted("llama"), "llama")[1])
+    assert sorted(set(calls.values())) == [1, 2]
+
+
 def test_checkpointing_can_be_turned_off_again() -> None:
     model = tiny.checkpointing(tiny.adapted("llama"))
     model._set_gradient_checkpointing(enable=False)

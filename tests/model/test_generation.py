@@ -65,6 +65,11 @@ def test_every_router_decodes_with_a_cache(method: str) -> None:
     assert torch.equal(generated(model, given, use_cache=True), generated(model, given, use_cache=False))
 
 
+def test_a_static_cache_changes_nothing() -> None:
+    model, given = model_for("llama", "smora"), prompts("llama", True)
+    assert torch.equal(generated(model, given, cache_implementation="static"), generated(model, given))
+
+
 def test_a_padded_prompt_continues_as_it_does_alone() -> None:
     model, given = model_for("llama", "smora"), prompts("llama", True)
     together = generated(model, given)[2, -NEW:]

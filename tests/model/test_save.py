@@ -350,7 +350,7 @@ def test_a_router_of_another_shape(folder: Path) -> None:
 def test_an_expert_of_another_rank(folder: Path) -> None:
     rewrite(folder, f"experts/expert_1/{EXPERT}", lambda t: t.update({KEY: torch.zeros(5, 32)}))
     message = refused(tiny.llama(), folder)
-    assert "q_proj" in message and "lora_A" in message and "expected" in message
+    assert "expert_1" in message and "q_proj" in message and "(5, 32)" in message
 
 
 def test_experts_that_do_not_stack(folder: Path) -> None:

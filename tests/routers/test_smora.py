@@ -372,6 +372,14 @@ def test_bias_stands_still_outside_training(forward: Callable[[Any], None]) -> N
     assert all((bias == 0).all() for bias in tiny.biases(model).values())
 
 
+def test_a_layer_in_eval_mode_counts_nothing() -> None:
+    model = tiny.adapted("llama", "smora")
+    frozen, *others = routed_layers(model)
+    frozen.eval()
+    model(**BATCHES[0]).loss.backward()
+    assert set(model.moelora.port.load) == {layer.site.index for layer in others}
+
+
 def test_rate_zero_turns_balancing_off(updates: list[int]) -> None:
     model = tiny.adapted("llama", "smora", router={"name": "smora", "top_k": 4, "bias_update_rate": 0})
     model(**BATCHES[0]).loss.backward()

@@ -149,7 +149,7 @@ def test_streams_of_an_encoder_decoder() -> None:
         (["q_prj"], "target_modules: 'q_prj' matches no layer; did you mean 'q_proj'"),
         (["q_proj", "vproj"], "target_modules: 'vproj' matches no layer; did you mean 'v_proj'"),
         (["proj"], "target_modules: 'proj' matches no layer"),
-        ("q_proj", "the expression 'q_proj' matches no layer; did you mean 'q_proj'"),
+        ("q_proj", "'q_proj' matches no layer; did you mean 'q_proj'"),
         (r".*\.c_attn", r"matches no layer"),
         ("q_(proj", "'q_(proj' is not a regular expression"),
     ],

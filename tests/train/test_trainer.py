@@ -104,7 +104,7 @@ def test_the_loss_is_the_token_loss_plus_the_weighted_terms(tmp_path: Path) -> N
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
     terms = taken.terms[0]
     assert set(terms) == {"supervised_gate", "balance"}
-    assert loss == pytest.approx(float(expected + 0.5 * terms["supervised_gate"] + 0.1 * terms["balance"]), rel=1e-5)
+    assert loss == pytest.approx((expected + 0.5 * terms["supervised_gate"] + 0.1 * terms["balance"]).item(), rel=1e-5)
 
 
 def test_accumulated_terms_are_the_token_weighted_mean(tmp_path: Path) -> None:
