@@ -35,7 +35,6 @@ class Route:
         """Gates as [T, G], zero for units not chosen."""
         return dense_gates(self.weight, self.index, self.units)
 
-    @torch.no_grad()
     def chosen(self) -> Tensor:
         """[T, G] of 1 where a token chose a unit, else 0; no gradient, same dtype as ``weight``."""
         return dense_gates(torch.ones_like(self.weight), self.index, self.units)

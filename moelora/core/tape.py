@@ -155,8 +155,8 @@ class Port:
     @contextmanager
     def on(self, tape: Tape) -> Iterator[Tape]:
         """Make ``tape`` the current one."""
-        me = threading.get_ident()
-        if self.tape is not None and self._thread != me:
+        me = None if torch.compiler.is_compiling() else threading.get_ident()  # a compiler cannot trace it
+        if me is not None and self.tape is not None and self._thread != me:
             raise MoeloraError(
                 "this model is already in a forward pass of another thread, as nn.DataParallel and threaded servers "
                 "do it; start one process per GPU (torchrun, accelerate launch), or guard the model with a lock"

@@ -32,7 +32,8 @@ class SupervisedGate(Loss):
         if view.task is None:
             raise DataError(
                 "losses.supervised_gate needs the task of every sequence, and this batch has none; "
-                "pass task_ids=[B] or [B, S] to the model (moelora's trainer does, from the data's task column)"
+                "pass task_ids=[B] or [B, S] to the model (moelora.MoeLoraTrainer does, from the data's task column; "
+                "transformers.Trainer drops them unless remove_unused_columns=False)"
             )
         target = self._shifted(view)
         if target.device.type == "cpu" and (target >= route.units).any():  # on a GPU this would wait for the device

@@ -15,7 +15,7 @@ from moelora.core.methods import Methods
 from moelora.model.config import AdapterConfig, build_init, build_losses, build_site, resolve
 from moelora.model.layer import RoutedLinear
 from moelora.model.record import Adaptation, main_process, routed_layers
-from moelora.model.routed import RoutedModel
+from moelora.model.routed import RoutedModel, replaying
 from moelora.targets.named import select
 
 Base = TypeVar("Base", bound=nn.Module)
@@ -54,6 +54,11 @@ def attach(model: nn.Module, config: AdapterConfig, methods: Methods, initialise
     losses = build_losses(config, methods)
     record = Adaptation(config, methods, sites, losses, fingerprint(model, [site.name for site in sites]))
     init = build_init(config, methods)
+    checkpointed = {  # turned on before the experts came
+        module: replaying(cast(Any, module)._gradient_checkpointing_func, record.port)
+        for module in model.modules()
+        if getattr(module, "gradient_checkpointing", False) is True
+    }
     layers: dict[str, RoutedLinear] = {}
     for site in sites:
         base_layer = model.get_submodule(site.name)
@@ -74,9 +79,8 @@ def attach(model: nn.Module, config: AdapterConfig, methods: Methods, initialise
     cls = type(model)
     model.__class__ = type(cls.__name__, (RoutedModel, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
     model.moelora = record  # type: ignore[assignment]
-    checkpointed = next((m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True), None)
-    if checkpointed is not None:  # turned on before the experts came
-        model._set_gradient_checkpointing(True, checkpointed._gradient_checkpointing_func)  # type: ignore[operator]
+    for module, checkpointing in checkpointed.items():
+        module._gradient_checkpointing_func = checkpointing  # type: ignore[assignment]
 
 
 def fingerprint(model: nn.Module, names: list[str]) -> str | None:

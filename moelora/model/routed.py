@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moelora.core.errors import MoeloraError
 from moelora.core.route import Route
-from moelora.core.tape import Collector, Tape, View
+from moelora.core.tape import Collector, Port, Tape, View
 from moelora.model.record import Adaptation, adaptation, routed_layers
 from moelora.model.write import write
 
@@ -84,15 +84,8 @@ class RoutedModel(nn.Module):
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
     ) -> None:
-        """Non-reentrant only, each recomputed region replaying its own tape. Raises MoeloraError for reentrant."""
-        asked = getattr(gradient_checkpointing_func, "keywords", {})
-        if enable and asked.get("use_reentrant"):
-            raise MoeloraError(
-                "gradient checkpointing with use_reentrant=True gives a routed model wrong gradients (auxiliary terms "
-                "of the first pass have no graph); leave it out or pass {'use_reentrant': False}"
-            )
-        contexts = _both(asked.get("context_fn"), self.moelora.port.contexts)
-        func = functools.partial(gradient_checkpointing_func, use_reentrant=False, context_fn=contexts)
+        """Both spellings of the switch come through here; see ``replaying``."""
+        func = replaying(gradient_checkpointing_func, self.moelora.port) if enable else gradient_checkpointing_func
         super()._set_gradient_checkpointing(enable=enable, gradient_checkpointing_func=func, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(
@@ -113,6 +106,18 @@ class RoutedModel(nn.Module):
         watched = self.moelora.watched
         if watched is None or watched() is not self:  # a deep copy carries the original's reference
             self.moelora.watched = _watch_optimizers(self)
+
+
+def replaying(checkpointing: Callable[..., Any], port: Port) -> Callable[..., Any]:
+    """A checkpointing function whose recomputed regions replay their tape. Raises MoeloraError for a reentrant one."""
+    asked = getattr(checkpointing, "keywords", {})
+    if asked.get("use_reentrant"):
+        raise MoeloraError(
+            "gradient checkpointing with use_reentrant=True gives a routed model wrong gradients (auxiliary terms of "
+            "the first pass have no graph); leave it out or pass {'use_reentrant': False}"
+        )
+    contexts = _both(asked.get("context_fn"), port.contexts)
+    return functools.partial(checkpointing, use_reentrant=False, context_fn=contexts)
 
 
 def weighted_sum(model: RoutedModel, terms: dict[str, Tensor]) -> Tensor | None:

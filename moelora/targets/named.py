@@ -3,8 +3,8 @@
 - a list of names: a layer matches when its path equals a name or ends with ``.name``
 - one string: a regular expression that must match the whole path
 - ``"all-linear"``: every supported layer but the output head (and a sequence classifier's head)
-- ``exclude_modules`` takes away, by the same rules
-- ``layers_to_transform`` keeps only these block indices, found after ``layers_pattern`` (or after any module list)
+- ``exclude_modules`` takes away, by the same rules; ``layers_to_transform`` keeps only these block indices,
+  found after ``layers_pattern`` (or after any module list)
 
 Recipe line: ``target_modules: [q_proj, v_proj]``
 """
@@ -12,7 +12,6 @@ Recipe line: ``target_modules: [q_proj, v_proj]``
 from __future__ import annotations
 
 import re
-from collections import Counter
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -74,8 +73,10 @@ def _every_target_matches(modules: dict[str, nn.Module], target: list[str] | str
     rules: list[list[str] | str] = [target] if isinstance(target, str) else [[suffix] for suffix in target]
     for rule in rules:
         if not any(name and _matches(name, rule) for name in modules):
-            word, kind = (rule, "the expression ") if isinstance(rule, str) else (rule[0], "")
-            raise TargetError(f"target_modules: {kind}'{word}' matches no layer{nearest(word, _linear_names(modules))}")
+            word = rule if isinstance(rule, str) else rule[0]
+            kind = "the regular expression (a name goes in a list) " if isinstance(rule, str) else ""
+            near = nearest(word, _linear_names(modules))
+            raise TargetError(f"target_modules: {kind}'{word}' matches no layer{near}")
 
 
 def _refusal(module: nn.Module) -> str | None:
@@ -85,9 +86,8 @@ def _refusal(module: nn.Module) -> str | None:
     return None if isinstance(module, SUPPORTED) else f"a {type(module).__name__}"
 
 
-def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
-    counts = Counter(name.rsplit(".", 1)[-1] for name, m in modules.items() if _refusal(m) is None)
-    return [name for name, _ in counts.most_common()]
+def _linear_names(modules: dict[str, nn.Module]) -> set[str]:
+    return {name.rsplit(".", 1)[-1] for name, module in modules.items() if _refusal(module) is None}
 
 
 def _output_head(model: nn.Module) -> list[str]:

@@ -27,7 +27,7 @@ def loss_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
             axes.plot(*zip(*evaluated, strict=True), "o", color=colour, markersize=5, markeredgecolor="white")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
-    axes.set_ylim(bottom=0)
+    axes.set_yscale("log")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
     return _png(figure)
