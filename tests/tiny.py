@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import moelora
+from moelora.core.methods import Methods
 from moelora.core.route import Route
 from moelora.core.tape import Site, Tape, View
 from moelora.model.layer import RoutedLinear
@@ -96,7 +97,9 @@ TARGETS: dict[str, list[str]] = {
     "t5": ["q", "v", "wo"],
 }
 
+_ANY = {"experts": {"num_experts": 4, "r": 4, "lora_alpha": 8}}
 METHODS: dict[str, dict[str, Any]] = {
+    **{name: {"router": name, **_ANY} for name in Methods().names("routers")},  # a new router is tested at its defaults
     "single": {"router": "single", "experts": {"r": 4, "lora_alpha": 8}},
     "smora": {
         "router": {"name": "smora", "top_k": 4, "bias_update_rate": 0.01},

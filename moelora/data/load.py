@@ -171,7 +171,9 @@ def _convert(
             try:
                 examples = read({column: values[position] for column, values in batch.items()})
             except ValueError as error:
-                message = f"{_place(origin, index)}: {error}"
+                # Finding a line reads the file, so of many skipped rows only the first are placed exactly.
+                place = _place(origin, index) if len(skipped) < 20 else f"{origin}, row {index + 1}"
+                message = f"{place}: {error}"
                 if on_bad_row == "error":
                     raise DataError(f"{message}; mend the row, or set data.on_bad_row: skip") from None
                 skipped.append(message)

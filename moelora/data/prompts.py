@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moelora.core.errors import DataError
 from moelora.data.formats import Message
+from moelora.data.progress import quiet_if_small
 
 Prompt = str | list[Message]
 """A plain text, or messages for a chat template."""
@@ -37,15 +38,12 @@ def as_trl(data: Dataset, chat: bool) -> Dataset:
     if chat:
         return data
 
-    def flatten(row: dict[str, Any]) -> dict[str, Any]:
-        return {"prompt": plain(row["prompt"]), "completion": "".join(m["content"] for m in row["completion"])}
+    def flatten(row: dict[str, Any]) -> dict[str, str]:
+        return {"said": plain(row["prompt"]), "answer": "".join(message["content"] for message in row["completion"])}
 
-    kept = data.select_columns(["task", "task_id", "text"])
-    pairs = [flatten(row) for row in data.select_columns(["prompt", "completion"])]
-    columns: dict[str, list[str]] = {name: [pair[name] for pair in pairs] for name in ("prompt", "completion")}
-    for name, values in columns.items():
-        kept = kept.add_column(name, values)
-    return kept
+    with quiet_if_small(len(data)):
+        flat = data.map(flatten, remove_columns=["prompt", "completion"], desc="Writing plain prompts")
+    return flat.rename_columns({"said": "prompt", "answer": "completion"})
 
 
 def render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:

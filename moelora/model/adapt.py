@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from moelora.core.errors import ConfigError
 from moelora.core.methods import Methods
-from moelora.model.config import AdapterConfig, build_init, build_losses, build_site, resolve
+from moelora.model.config import AdapterConfig, build_init, build_losses, build_site, find_sites, resolve
 from moelora.model.layer import RoutedLinear
 from moelora.model.record import Adaptation, main_process, routed_layers
 from moelora.model.routed import RoutedModel, replaying
-from moelora.targets.named import select
+from moelora.model.saved import TrainedCopy, find_saved
 
 Base = TypeVar("Base", bound=nn.Module)
 
@@ -48,9 +48,7 @@ def attach(model: nn.Module, config: AdapterConfig, methods: Methods, initialise
     """``adapt`` with a resolved configuration; the experts stay empty unless ``initialise``."""
     if isinstance(model, RoutedModel):
         raise ConfigError("this model has experts already; start from a fresh base model")
-    sites = select(
-        model, config.target_modules, config.exclude_modules, config.layers_to_transform, config.layers_pattern
-    )
+    sites, saved = find_sites(model, config), find_saved(model, config.modules_to_save)
     losses = build_losses(config, methods)
     record = Adaptation(config, methods, sites, losses, fingerprint(model, [site.name for site in sites]))
     init = build_init(config, methods)
@@ -76,6 +74,9 @@ def attach(model: nn.Module, config: AdapterConfig, methods: Methods, initialise
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
+    for name in saved:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, TrainedCopy(model.get_submodule(name), record.port))
     cls = type(model)
     model.__class__ = type(cls.__name__, (RoutedModel, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
     model.moelora = record  # type: ignore[assignment]

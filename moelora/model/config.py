@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 import yaml
 from pydantic import Field, field_validator
+from torch import nn
 
 from moelora.core.errors import ConfigError
 from moelora.core.methods import Methods
@@ -18,7 +19,9 @@ from moelora.core.validate import Strict, check, nearest
 from moelora.experts.base import Experts
 from moelora.init.base import Init
 from moelora.losses.base import Loss
+from moelora.model.saved import find_saved
 from moelora.routers.base import Router
+from moelora.targets.named import select
 
 
 class ExpertsConfig(Strict):
@@ -42,7 +45,8 @@ class AdapterConfig(Strict):
     """The whole adapter. A method is ``{name: ..., option: ...}``, or just its name.
 
     losses: name to weight, or to ``{weight: ..., option: ...}``. target_modules, exclude_modules, layers_to_transform
-    and layers_pattern follow PEFT's rules (``moelora.targets.named``).
+    and layers_pattern follow PEFT's rules (``moelora.targets.named``). modules_to_save: names of modules to train in
+    full, such as a new classifier.
     """
 
     experts: ExpertsConfig = ExpertsConfig()
@@ -53,6 +57,7 @@ class AdapterConfig(Strict):
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] = []
 
     @field_validator("router", "init", mode="before")
     @classmethod
@@ -114,6 +119,15 @@ def _read(path: Path) -> Any:
         raise ConfigError(f"{path}: {error.strerror}; expected a YAML file with an adapter's keys") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
+
+
+def find_sites(model: nn.Module, config: AdapterConfig) -> list[Site]:
+    """The layers of ``model`` that get experts. Raises TargetError."""
+    exclude, saved = config.exclude_modules, find_saved(model, config.modules_to_save)
+    if saved and not isinstance(exclude, str):
+        inside = [path for path, _ in model.named_modules() if any(f"{path}.".startswith(f"{s}.") for s in saved)]
+        exclude = [*(exclude or []), *inside]
+    return select(model, config.target_modules, exclude, config.layers_to_transform, config.layers_pattern)
 
 
 def build_site(config: AdapterConfig, methods: Methods, site: Site) -> tuple[Router, Experts]:

@@ -13,10 +13,10 @@ from moelora.core.errors import AdapterError
 from moelora.core.methods import Methods
 from moelora.io.folder import MANIFEST, Manifest, read_manifest, read_tensors
 from moelora.model.adapt import attach, fingerprint, print_table
-from moelora.model.config import AdapterConfig, build_site, resolve
-from moelora.model.record import adaptation, main_process, routed_layers
-from moelora.model.write import PEFT_PREFIX, ROUTER_FILE, own_tensors, refuse_foreign, write
-from moelora.targets.named import select
+from moelora.model.config import AdapterConfig, build_site, find_sites, resolve
+from moelora.model.record import adaptation, main_process
+from moelora.model.saved import find_saved
+from moelora.model.write import PEFT_PREFIX, ROUTER_FILE, adapter_tensors, refuse_foreign, write
 
 Base = TypeVar("Base", bound=nn.Module)
 
@@ -70,20 +70,15 @@ def restore(model: nn.Module, folder: str | Path) -> None:
         changed = [k for k, v in record.config.model_dump().items() if manifest.adapter.get(k) != v]
         raise AdapterError(f"{path}: saved with another adapter configuration (differs in {', '.join(changed)})")
     tensors = _merge(path, manifest, record.config)
-    _match(
-        {f"{layer.site.name}.{k}": v.shape for layer in routed_layers(model) for k, v in own_tensors(layer)},
-        tensors,
-        path,
-    )
+    _match({name: value.shape for name, value in adapter_tensors(model).items()}, tensors, path)
     fill(model, tensors)
 
 
 @torch.no_grad()
 def fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copy adapter tensors into the layers of an adapted model."""
-    for layer in routed_layers(model):
-        for key, value in own_tensors(layer):
-            value.copy_(tensors[f"{layer.site.name}.{key}"])
+    for name, value in adapter_tensors(model).items():
+        value.copy_(tensors[name])
 
 
 def _merge(folder: Path, manifest: Manifest, config: AdapterConfig) -> dict[str, Tensor]:
@@ -108,9 +103,7 @@ def _merge(folder: Path, manifest: Manifest, config: AdapterConfig) -> dict[str,
 
 
 def _check_base(model: nn.Module, manifest: Manifest, config: AdapterConfig, folder: Path, force: bool) -> None:
-    sites = select(
-        model, config.target_modules, config.exclude_modules, config.layers_to_transform, config.layers_pattern
-    )
+    sites = find_sites(model, config)
     here = [(site.name, site.in_features, site.out_features) for site in sites]
     saved = [(site.name, site.in_features, site.out_features) for site in manifest.sites]
     if here != saved:
@@ -130,15 +123,15 @@ def _check_base(model: nn.Module, manifest: Manifest, config: AdapterConfig, fol
 def _check_shapes(
     model: nn.Module, config: AdapterConfig, methods: Methods, tensors: dict[str, Tensor], folder: Path
 ) -> None:
-    sites = select(
-        model, config.target_modules, config.exclude_modules, config.layers_to_transform, config.layers_pattern
-    )
+    sites = find_sites(model, config)
     expected: dict[str, torch.Size] = {}
     with torch.device("meta"):
         for site in sites:
             router, experts = build_site(config, methods, site)
             for part, module in (("router", router), ("experts", experts)):
                 expected.update({f"{site.name}.{part}.{k}": v.shape for k, v in module.state_dict().items()})
+    for path in find_saved(model, config.modules_to_save):
+        expected.update({f"{path}.trained.{k}": v.shape for k, v in model.get_submodule(path).state_dict().items()})
     _match(expected, tensors, folder)
 
 

@@ -15,6 +15,7 @@ from moelora.core.errors import AdapterError, OutputError
 from moelora.io.folder import MANIFEST, write_folder
 from moelora.model.config import AdapterConfig
 from moelora.model.record import Adaptation, adaptation, routed_layers
+from moelora.model.saved import saved_modules
 
 ROUTER_FILE = "router.safetensors"
 PEFT_PREFIX = "base_model.model."
@@ -34,13 +35,14 @@ def write(model: nn.Module, folder: Path, state_dict: dict[str, Tensor] | None =
     record = adaptation(model)
     state = model.state_dict() if state_dict is None else state_dict
     experts: dict[str, dict[str, Tensor]] = {name: {} for name in _expert_names(record.config)}
-    rest: dict[str, Tensor] = {}
+    rest = {name: _find(state, name) for name in adapter_tensors(model)}
     alpha: dict[str, float] = {}
     conv1d = False
     for layer in routed_layers(model):
         prefix = layer.site.name
         conv1d = conv1d or isinstance(layer.base_layer, Conv1D)
-        own = {key: _find(state, f"{prefix}.{key}") for key in _keys(layer)}
+        start = f"{prefix}."
+        own = {name.removeprefix(start): rest.pop(name) for name in list(rest) if name.startswith(start)}
         if _is_lora(own):
             for index, tensors in enumerate(experts.values()):
                 rows = slice(index * layer.experts.r, (index + 1) * layer.experts.r)
@@ -77,15 +79,16 @@ def write(model: nn.Module, folder: Path, state_dict: dict[str, Tensor] | None =
     )
 
 
-def own_tensors(layer: nn.Module) -> list[tuple[str, Tensor]]:
-    """Name and tensor of all that an adapter saves of a layer: parameters and persistent buffers but the base's."""
-    return [
-        (key, value) for key, value in layer.state_dict(keep_vars=True).items() if not key.startswith("base_layer.")
-    ]
-
-
-def _keys(layer: nn.Module) -> list[str]:
-    return [key for key, _ in own_tensors(layer)]
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All that an adapter saves, by name in the adapted model: parameters and persistent buffers but the base's."""
+    found = {}
+    for layer in routed_layers(model):
+        for key, value in layer.state_dict(keep_vars=True).items():
+            if not key.startswith("base_layer."):
+                found[f"{layer.site.name}.{key}"] = value
+    for path, module in saved_modules(model).items():
+        found.update({f"{path}.trained.{key}": value for key, value in module.state_dict(keep_vars=True).items()})
+    return found
 
 
 def _is_lora(own: Iterable[str]) -> bool:

@@ -131,6 +131,13 @@ def test_plain_text_and_conversations_mix(tmp_path: Path) -> None:
     assert -100 not in list(labels)[4]
 
 
+def test_a_model_without_chat_template_gets_plain_prompts() -> None:
+    train, held_out = rows(2, chat=False)
+    assert train[0]["prompt"].endswith("\n")
+    assert train.column_names == held_out.column_names
+    assert all(isinstance(answer, str) for answer in train["completion"])
+
+
 def test_evaluation_sums_token_losses_by_task(tmp_path: Path) -> None:
     run = trainer(tmp_path, METEORA, per_device_eval_batch_size=3)
     metrics = run.evaluate()
