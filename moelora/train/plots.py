@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 COLOURS = ("#9aa3ad", "#2f6fb0", "#d9722e", "#3a9a68", "#8a5fb3", "#c0504d", "#7a6a53")
 """The first is for the base model."""
@@ -17,7 +18,7 @@ COLOURS = ("#9aa3ad", "#2f6fb0", "#d9722e", "#3a9a68", "#8a5fb3", "#c0504d", "#7
 
 def loss_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     """Training loss per step (lines) and evaluation loss (dots), one colour per run."""
-    figure, axes = _figure(7.2, 3.4)
+    figure, axes = _figure(5.6, 3.2)
     for colour, (name, history) in zip(COLOURS[1:], histories.items(), strict=False):
         train = [(row["step"], float(row["loss"])) for row in history if "loss" in row]
         evaluated = [(row["step"], float(row["eval_loss"])) for row in history if "eval_loss" in row]
@@ -28,6 +29,9 @@ def loss_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
     return _png(figure)
@@ -36,14 +40,14 @@ def loss_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
 def bars(values: Mapping[str, Mapping[str, float]], label: str) -> bytes:
     """Grouped bars: ``{run: {task: value in 0..1}}``. A run named ``base`` is grey."""
     tasks = list(dict.fromkeys(task for run in values.values() for task in run))
-    figure, axes = _figure(max(7.2, 0.95 * len(tasks) + 1), 3.2)
+    figure, axes = _figure(max(5.6, 0.68 * len(tasks)), 3.2)
     palette = iter(COLOURS[1:])
     colours = {name: COLOURS[0] if name == "base" else next(palette) for name in values}
     width = 0.82 / len(values)
     for position, (name, run) in enumerate(values.items()):
         left = np.arange(len(tasks)) - 0.41 + width * (position + 0.5)
         axes.bar(left, [run.get(task, 0.0) for task in tasks], width * 0.92, color=colours[name], label=name)
-    axes.set_xticks(range(len(tasks)), tasks, rotation=0 if len(tasks) <= 9 else 45)
+    axes.set_xticks(range(len(tasks)), tasks, rotation=0 if len(tasks) <= 5 else 30)
     axes.set_ylim(0, 1.02)
     axes.set_ylabel(label)
     axes.legend(frameon=False, ncols=len(values), loc="lower left", bbox_to_anchor=(0, 1.0))

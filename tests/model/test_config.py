@@ -21,6 +21,7 @@ FULL = {
     "exclude_modules": None,
     "layers_to_transform": [0],
     "layers_pattern": None,
+    "modules_to_save": [],
 }
 
 
