@@ -28,7 +28,7 @@ from moelora.core.methods import Methods
 from moelora.core.route import Route
 from moelora.core.tape import Site, Tape, View
 from moelora.model.layer import RoutedLinear
-from moelora.model.routed import routed_layers
+from moelora.model.record import routed_layers
 
 VOCAB = 64
 HIDDEN = 32

@@ -58,6 +58,7 @@ class RoutedModel(nn.Module):
         if training and tape.load:
             self._keep_load(tape.load)
         terms = {name: _mean(values) for name, values in tape.terms.items()}
+        tape.terms.clear()  # a checkpointed graph holds the tape: it must not hold the graph, or neither is ever freed
         if collector is not None:
             collector.terms.append(terms)
             return out

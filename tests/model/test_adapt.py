@@ -16,7 +16,8 @@ from moelora.core.errors import ConfigError
 from moelora.model.adapt import fingerprint, parameter_counts
 from moelora.model.config import AdapterConfig
 from moelora.model.layer import RoutedLinear
-from moelora.model.routed import RoutedModel, routed_layers
+from moelora.model.record import routed_layers
+from moelora.model.routed import RoutedModel
 from tests import tiny
 
 CONFIG = {"router": {"name": "smora", "top_k": 4}, "experts": {"r": 8}, "target_modules": ["q_proj", "v_proj"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import moelora
 from moelora.core.errors import MoeloraError
-from moelora.model.routed import routed_layers, weighted_sum
+from moelora.core.tape import Tape
+from moelora.model.record import routed_layers
+from moelora.model.routed import weighted_sum
 from tests import tiny
 
 KINDS = list(tiny.MODELS)
@@ -516,3 +519,24 @@ def test_compiled_model_agrees() -> None:
     for name, grad in tiny.gradients(model).items():
         torch.testing.assert_close(grad, grads[name], rtol=1e-4, atol=1e-5)
     assert model.moelora.port.tape is None
+
+
+def test_a_checkpointed_graph_that_is_never_used_is_freed() -> None:
+    """The graph holds the tape for its recomputed regions; were the tape to hold the graph, both would stay."""
+    model = tiny.adapted("llama", "meteora", losses={"balance": 0.1})
+    model.train()
+    model.gradient_checkpointing_enable()
+    born: list[weakref.ref[Tape]] = []
+    port = model.moelora.port
+    original = port.on
+
+    def on(tape: Tape) -> Any:
+        born.append(weakref.ref(tape))
+        return original(tape)
+
+    port.on = on  # type: ignore[method-assign]
+    ids = torch.randint(1, 64, (2, 5))
+    loss = model(input_ids=ids, labels=ids).loss
+    assert born[0]() is not None
+    del loss
+    assert born[0]() is None

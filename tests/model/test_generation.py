@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import pipeline
 
 import moelora
-from moelora.model.routed import routed_layers
+from moelora.model.record import routed_layers
 from tests import tiny
 
 METHODS = ["single", "smora", "smora_blocks", "meteora"]

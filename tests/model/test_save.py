@@ -20,7 +20,8 @@ from torch import Tensor
 import moelora
 from moelora.core.errors import AdapterError, ConfigError, MoeloraError, OutputError
 from moelora.io.folder import MANIFEST
-from moelora.model.routed import RoutedModel, routed_layers
+from moelora.model.record import routed_layers
+from moelora.model.routed import RoutedModel
 from moelora.model.save import restore
 from tests import tiny
 

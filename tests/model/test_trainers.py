@@ -16,7 +16,8 @@ from trl import SFTConfig, SFTTrainer
 
 import moelora
 from moelora.core.errors import MoeloraError
-from moelora.model.routed import routed_layers, weighted_sum
+from moelora.model.record import routed_layers
+from moelora.model.routed import weighted_sum
 from tests import tiny
 
 pytestmark = [

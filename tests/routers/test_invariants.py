@@ -9,7 +9,7 @@ import torch
 
 import moelora
 from moelora.core.methods import Methods
-from moelora.model.routed import routed_layers
+from moelora.model.record import routed_layers
 from tests import tiny
 
 CONFIGS = tiny.METHODS

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import moelora
 from moelora.core.errors import ConfigError
-from moelora.model.routed import routed_layers
+from moelora.model.record import routed_layers
 from tests import tiny
 
 ALPHA = 8.0

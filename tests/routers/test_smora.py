@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import moelora
 from moelora.core.errors import ConfigError
-from moelora.model.routed import routed_layers
+from moelora.model.record import routed_layers
 from moelora.routers.smora import SMoRA
 from tests import tiny
 

@@ -16,7 +16,8 @@ from moelora.core.tape import View
 from moelora.data.config import DataConfig, TaskConfig
 from moelora.data.load import load_tasks
 from moelora.data.prompts import as_trl
-from moelora.model.routed import collect, routed_layers
+from moelora.model.record import routed_layers
+from moelora.model.routed import collect
 from moelora.recipe import Recipe
 from moelora.train.run import load_base
 from moelora.train.trainer import MoeLoraTrainer
