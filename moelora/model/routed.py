@@ -94,9 +94,15 @@ class RoutedModel(nn.Module):
         save_directory: str | Path,
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
         **_: Any,
     ) -> None:
-        """Write the adapter (not the base model) to a folder; ``moelora.load`` reads it."""
+        """Write the adapter (not the base model) to a folder; ``moelora.load`` reads it.
+
+        Options of the base class about shards and formats have no meaning here. Raises MoeloraError for push_to_hub.
+        """
+        if push_to_hub:
+            raise MoeloraError("save_pretrained(push_to_hub=True): save first, then model.push_to_hub(REPO) uploads it")
         if is_main_process:
             write(self, Path(save_directory), state_dict)
 

@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from moelora.core.errors import DataError
 from moelora.data.progress import quiet_if_small
 from moelora.data.prompts import as_prompts
 from moelora.eval.evaluate import exact_match, token_sums
@@ -115,6 +116,12 @@ class MoeLoraTrainer(SFTTrainer):
     ) -> Dataset:
         if "task_ids" in dataset.column_names:
             return dataset
+        missing = [name for name in ("task_id", "prompt", "completion", "text") if name not in dataset.column_names]
+        if missing:
+            raise DataError(
+                f"MoeLoraTrainer: the dataset has columns {dataset.column_names} and lacks {missing}; make it with "
+                "moelora.data.load.load_tasks, or add them (task_id: the task's number; text: None unless plain text)"
+            )
         is_text = [text is not None for text in dataset["text"]]
         parts = []
         for texts, columns in ((False, ["prompt", "completion"]), (True, ["text"])):

@@ -32,14 +32,15 @@ def evaluate_folder(
     read_manifest(folder)
     recipe = read_recipe(folder / RECIPE, [*overrides, *([f"base_model={base}"] if base else [])], plugins)
     tasks = load_tasks(recipe.data)
-    if all(task.eval is None for task in tasks):
-        raise DataError(f"{folder / RECIPE}: no task has evaluation rows; give eval_path, or a folder with test.*")
     model, tokenizer = load_base(recipe)
-    load(model, folder, plugins=plugins)
     rows = eval_rows(tasks, uses_chat(tokenizer, recipe.data.chat_template))
+    if rows is None:
+        raise DataError(f"{folder / RECIPE}: no task has evaluation rows; give eval_path, or a folder with test.*")
+    load(model, folder, plugins=plugins)
     with tempfile.TemporaryDirectory() as scratch:
         training = {**recipe.training, "output_dir": scratch, "report_to": "none"}
-        trainer = build_trainer(recipe.model_copy(update={"training": training}), model, tokenizer, tasks, rows, rows)
+        here = recipe.model_copy(update={"training": training})
+        trainer = build_trainer(here, model, tokenizer, tasks, rows.select([0]), rows)
         metrics = trainer.measure()
     routing = trainer.routing.to_json() if trainer.routing is not None else {}
     return {"tasks": task_metrics(metrics, [task.name for task in tasks]), "routing": routing}

@@ -486,3 +486,10 @@ def test_restore_of_a_damaged_folder(folder: Path) -> None:
     with pytest.raises(AdapterError, match="expected"):
         restore(model, folder)
     tiny.assert_same(own_state(model), before)
+
+
+def test_uploading_while_saving_is_refused_not_ignored(tmp_path: Path) -> None:
+    model = tiny.adapted("llama", "smora")
+    with pytest.raises(MoeloraError, match="push_to_hub"):
+        model.save_pretrained(tmp_path / "out", push_to_hub=True)
+    assert not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from trl import SFTConfig
 
 import moelora
+from moelora.core.errors import DataError
 from moelora.core.tape import View
 from moelora.data.config import DataConfig, TaskConfig
 from moelora.data.load import load_tasks
@@ -137,6 +138,11 @@ def test_a_model_without_chat_template_gets_plain_prompts() -> None:
     assert train[0]["prompt"].endswith("\n")
     assert train.column_names == held_out.column_names
     assert all(isinstance(answer, str) for answer in train["completion"])
+
+
+def test_a_dataset_without_the_columns_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"lacks \['task_id', 'text'\]"):
+        trainer(tmp_path, METEORA, train=Dataset.from_list([{"prompt": "q", "completion": "a"}]))
 
 
 def test_evaluation_sums_token_losses_by_task(tmp_path: Path) -> None:
