@@ -198,6 +198,18 @@ def test_half_a_run_resumed_is_the_whole_run_bit_for_bit(tmp_path: Path, router:
         assert torch.equal(value, expected[name]), name
 
 
+def test_the_best_checkpoint_comes_back(tmp_path: Path) -> None:
+    """The highest loss is declared the best, so that it is not the last one."""
+    every = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    run = trainer(tmp_path, METEORA, **every, **best)
+    run.train()
+    losses = [row["eval_loss"] for row in run.state.log_history if "eval_loss" in row]
+    assert losses[0] > losses[-1]
+    assert Path(run.state.best_model_checkpoint or "").name == "checkpoint-1"
+    assert run.measure()["eval_loss"] == pytest.approx(losses[0], rel=1e-6)
+
+
 def test_a_router_sees_the_task_of_every_token(tmp_path: Path) -> None:
     run = trainer(tmp_path, METEORA)
     batch = next(iter(run.get_train_dataloader()))
