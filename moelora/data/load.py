@@ -91,6 +91,8 @@ def _load_task(name: str, task: TaskConfig, task_id: int, config: DataConfig) ->
             raw = raw.select(range(limit))
         names = task.label_names or _label_names(raw)
         read = reader(raw.column_names, f"{where} ({origin})", task.format, task.columns, names)
+        if read.format == "text" and task.metric == "exact_match":
+            raise DataError(f"{where}: metric exact_match needs prompts with answers, and {origin} is plain text")
         loaded.append(_convert(raw, read, name, task_id, origin, config.on_bad_row, skipped))
     train, held_out = loaded
     assert train is not None

@@ -14,11 +14,13 @@ from moelora.core.tape import View
 class Loss(ABC):
     """A scalar per site from its route; the reported term is the mean over sites, in float32.
 
-    ``needs`` names the optional fields of ``Route`` the term reads, so that a router without them is refused before
-    training. Recipe keys are keyword-only arguments; ``weight`` is common to all.
+    needs: the optional fields of ``Route`` the term reads; a router without them is refused before training.
+    expert_per_task: expert i stands for task i, so there must be as many experts as tasks.
+    Recipe keys are keyword-only arguments; ``weight`` is common to all.
     """
 
     needs: tuple[str, ...] = ()
+    expert_per_task: bool = False
 
     def __init__(self, weight: float) -> None:
         if weight < 0:

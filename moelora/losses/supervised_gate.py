@@ -26,6 +26,7 @@ class SupervisedGate(Loss):
     """Cross-entropy of the gate against task ids."""
 
     needs = ("logits",)
+    expert_per_task = True
 
     def __call__(self, route: Route, view: View) -> Tensor:
         assert route.logits is not None

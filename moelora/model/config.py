@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -124,9 +125,12 @@ def _read(path: Path) -> Any:
 def find_sites(model: nn.Module, config: AdapterConfig) -> list[Site]:
     """The layers of ``model`` that get experts. Raises TargetError."""
     exclude, saved = config.exclude_modules, find_saved(model, config.modules_to_save)
-    if saved and not isinstance(exclude, str):
+    if saved:
         inside = [path for path, _ in model.named_modules() if any(f"{path}.".startswith(f"{s}.") for s in saved)]
-        exclude = [*(exclude or []), *inside]
+        if isinstance(exclude, str):
+            exclude = "|".join([f"(?:{exclude})", *map(re.escape, inside)])
+        else:
+            exclude = [*(exclude or []), *inside]
     return select(model, config.target_modules, exclude, config.layers_to_transform, config.layers_pattern)
 
 

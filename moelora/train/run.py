@@ -23,8 +23,9 @@ from moelora.data.load import Task, load_tasks
 from moelora.data.mixture import mix
 from moelora.data.prompts import as_trl, uses_chat
 from moelora.model.adapt import adapt, parameter_counts
+from moelora.model.record import adaptation
 from moelora.model.routed import disabled
-from moelora.model.save import write
+from moelora.model.write import write
 from moelora.recipe import TINY, Recipe
 from moelora.train.report import write_report
 from moelora.train.trainer import MoeLoraTrainer
@@ -65,11 +66,11 @@ def train(
     names = [task.name for task in tasks]
     _report_skipped(tasks)
     model, tokenizer = load_base(recipe)
-    _check_tasks(recipe, tasks)
     chat = uses_chat(tokenizer, recipe.data.chat_template)
     rows = as_trl(mix(tasks, recipe.data.temperature, arguments.seed), chat)
     held_out = eval_rows(tasks, chat)
     adapt(model, recipe.adapter, plugins=plugins)
+    _check_tasks(model, tasks)
 
     out.mkdir(parents=True, exist_ok=True)
     (out / RECIPE).write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False), encoding="utf-8")
@@ -81,6 +82,8 @@ def train(
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
+    if trainer.is_world_process_zero():
+        write(model, out)  # before anything else can go wrong
     metrics = trainer.evaluate() if held_out is not None else {}
 
     trainable, total = parameter_counts(model)
@@ -96,7 +99,6 @@ def train(
     routing = trainer.routing.to_json() if trainer.routing is not None else {}
     result = Result(out.name, out, model, tokenizer, summary, routing, trainer.state.log_history, base)
     if trainer.is_world_process_zero():
-        write(model, out)
         for name, content in ((SUMMARY, summary), (ROUTING, routing), (HISTORY, result.history)):
             (out / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         write_report(out / "report.html", [result], (out / RECIPE).read_text(encoding="utf-8"), base)
@@ -199,12 +201,14 @@ def _checkpoint(out: Path, resume: bool) -> str | None:
     return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2])))
 
 
-def _check_tasks(recipe: Recipe, tasks: list[Task]) -> None:
-    experts = recipe.adapter.experts.num_experts
-    if "supervised_gate" in recipe.adapter.losses and len(tasks) > experts:
-        raise ConfigError(
-            f"losses.supervised_gate gives every task an expert: {len(tasks)} tasks, but num_experts is {experts}"
-        )
+def _check_tasks(model: PreTrainedModel, tasks: list[Task]) -> None:
+    record = adaptation(model)
+    experts = record.config.experts.num_experts
+    for name, loss in record.losses.items():
+        if loss.expert_per_task and len(tasks) > experts:
+            raise ConfigError(
+                f"losses.{name} gives every task an expert: {len(tasks)} tasks, but num_experts is {experts}"
+            )
 
 
 @contextmanager

@@ -7,6 +7,7 @@ transformers'.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -122,15 +123,15 @@ class MoeLoraTrainer(SFTTrainer):
                 f"MoeLoraTrainer: the dataset has columns {dataset.column_names} and lacks {missing}; make it with "
                 "moelora.data.load.load_tasks, or add them (task_id: the task's number; text: None unless plain text)"
             )
+        in_order = copy.copy(args)
+        in_order.shuffle_dataset = False
         is_text = [text is not None for text in dataset["text"]]
         parts = []
         for texts, columns in ((False, ["prompt", "completion"]), (True, ["text"])):
             rows = [i for i, text in enumerate(is_text) if text == texts]
             if rows:
                 part = dataset.select(rows).select_columns([*columns, "task_id"]).add_column("row", rows)
-                shuffled, args.shuffle_dataset = args.shuffle_dataset, False
-                parts.append(super()._prepare_dataset(part, processing_class, args, False, *rest))
-                args.shuffle_dataset = shuffled
+                parts.append(super()._prepare_dataset(part, processing_class, in_order, False, *rest))
                 lost = len(rows) - len(parts[-1])
                 if lost:
                     share = f"{lost:,} of {len(rows):,} rows of the {rest[-1]} dataset"
@@ -145,6 +146,8 @@ class MoeLoraTrainer(SFTTrainer):
             remove_columns=["task_id", "row"],
             desc="Adding task ids",
         )
+        if args.shuffle_dataset:
+            prepared = prepared.shuffle(seed=args.seed)
         if packing and args.max_length is not None:  # TRL has refused None
             prepared = pack_dataset(prepared, args.max_length, args.packing_strategy)
         return prepared

@@ -110,3 +110,9 @@ def test_an_unknown_file_type_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "rows.xlsx").write_text("", encoding="utf-8")
     with pytest.raises(DataError, match=r"cannot read '\.xlsx' files"):
         load_tasks(DataConfig(tasks={"t": TaskConfig(path=str(tmp_path / "rows.xlsx"))}))
+
+
+def test_exact_match_of_plain_text_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"text": "once upon a time"}])
+    with pytest.raises(DataError, match=r"exact_match needs prompts with answers, and .*rows\.jsonl is plain text"):
+        load_tasks(DataConfig(tasks={"t": TaskConfig(path=str(path), metric="exact_match")}))

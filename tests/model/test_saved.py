@@ -52,6 +52,14 @@ def test_a_saved_module_gets_no_experts() -> None:
     assert [site.name for site in whole.moelora.sites] == ["bert.encoder.layer.0.attention.self.query"]
 
 
+def test_an_excluding_expression_and_a_saved_module_go_together() -> None:
+    config = {"target_modules": "all-linear", "exclude_modules": r".*(query|key)", "modules_to_save": ["layer.1"]}
+    model = moelora.adapt(bert(), {"experts": {"r": 2}, **config}, verbose=False)
+    names = [site.name for site in model.moelora.sites]
+    assert names
+    assert not [name for name in names if "layer.1." in name or name.endswith(("query", "key"))]
+
+
 def test_names_that_match_nothing_and_tied_weights_are_refused() -> None:
     with pytest.raises(TargetError, match="'clasifier' matches no module; did you mean 'classifier'"):
         moelora.adapt(bert(), {**CONFIG, "modules_to_save": ["clasifier"]}, verbose=False)

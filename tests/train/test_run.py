@@ -178,3 +178,14 @@ def test_the_tiny_base_is_small_and_knows_its_template() -> None:
     )
     assert text == "<|user|>hi<|end|><|assistant|>"
     assert isinstance(moelora.__version__, str)
+
+
+def test_a_failing_evaluation_does_not_lose_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("evaluation broke")
+
+    monkeypatch.setattr("moelora.train.trainer.MoeLoraTrainer.evaluate", fail)
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError, match="evaluation broke"):
+        train(read_recipe("single", [*FAST, "training.max_steps=1", f"training.output_dir={out}"]))
+    moelora.load(load_base(read_recipe("single"))[0], out)

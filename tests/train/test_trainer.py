@@ -95,6 +95,20 @@ def test_packing_keeps_the_borders_of_sequences_and_tasks(tmp_path: Path) -> Non
         torch.testing.assert_close(grads_packed[name], grad, rtol=1e-3, atol=2e-6)
 
 
+def test_packed_evaluation_gives_the_same_figures(tmp_path: Path) -> None:
+    apart = trainer(tmp_path, METEORA).measure()
+    packed = trainer(tmp_path, METEORA, packing=True, max_length=512, per_device_eval_batch_size=1).measure()
+    for key, value in apart.items():
+        assert packed[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+def test_shuffling_is_done_when_asked(tmp_path: Path) -> None:
+    plain = list(trainer(tmp_path, METEORA).train_dataset["input_ids"])
+    shuffled = list(trainer(tmp_path, METEORA, shuffle_dataset=True).train_dataset["input_ids"])
+    assert plain != shuffled
+    assert sorted(plain) == sorted(shuffled)
+
+
 def test_the_loss_is_the_token_loss_plus_the_weighted_terms(tmp_path: Path) -> None:
     run = trainer(tmp_path, METEORA)
     batch = next(iter(run.get_train_dataloader()))
