@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -98,6 +99,8 @@ TARGETS: dict[str, list[str]] = {
 }
 
 _ANY = {"experts": {"num_experts": 4, "r": 4, "lora_alpha": 8}}
+_DRY = {"xlora_dropout_p": 0.0}
+_CORES = {"experts": {"name": "core", "num_experts": 4, "r": 4, "lora_alpha": 8}}
 METHODS: dict[str, dict[str, Any]] = {
     **{name: {"router": name, **_ANY} for name in Methods().names("routers")},  # a new router is tested at its defaults
     "single": {"router": "single", "experts": {"r": 4, "lora_alpha": 8}},
@@ -113,8 +116,24 @@ METHODS: dict[str, dict[str, Any]] = {
         "router": {"name": "meteora", "top_k": 2, "temperature": 2.0},
         "experts": {"num_experts": 3, "r": 4, "lora_alpha": 8},
     },
+    "comol": {"router": "comol", **_CORES},
+    "comol_x": {"router": {"name": "comol", "route_on": "x"}, **_CORES},
+    "xlora": {"router": {"name": "xlora", "xlora_dropout_p": 0.0}, **_ANY},
+    "xlora_layers": {
+        "router": {"name": "xlora", "xlora_depth": 2, "xlora_size": 8, "layerwise_scalings": True, "top_k": 2, **_DRY},
+        **_ANY,
+    },
 }
-"""One configuration per router, and one more for SMoRA's options."""
+"""One configuration per router, and more for the options that change what it does."""
+
+
+def fits(kind: str, method: str) -> bool:
+    """Whether a method runs on a kind of model: X-LoRA reads one stream of tokens."""
+    return not (method.startswith("xlora") and kind in ("bert", "t5"))
+
+
+PAIRS = [(method, kind) for kind in MODELS for method in METHODS if fits(kind, method)]
+"""Every method on every kind of model it runs on."""
 
 
 def batch(kind: str = "llama", rows: int = 3, length: int = 7, seed: int = 1, padded: bool = True) -> dict[str, Tensor]:
@@ -217,16 +236,32 @@ def biases(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Toy(nn.Module):
-    """One float64 layer, for comparing a whole routed layer with an oracle."""
+    """One float64 layer, for comparing a whole routed layer with an oracle. Its own output is its last hidden state."""
 
     def __init__(self, wide: int = 5, out: int = 7, seed: int = 0) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.lin = nn.Linear(wide, out, dtype=torch.float64)
+        self.config = SimpleNamespace(hidden_size=out)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return self.lin(x)
+
+    @property
+    def base_model(self) -> Any:
+        return _Backbone(self.lin)
+
+
+class _Backbone:
+    def __init__(self, lin: nn.Module) -> None:
+        self.lin = lin
+
+    def forward(self, x: Tensor) -> Any:
+        return SimpleNamespace(last_hidden_state=self.lin(x))
+
+    def __call__(self, x: Tensor, return_dict: bool) -> Any:
+        return self.forward(x)
 
 
 def toy(config: dict[str, Any], wide: int = 5, out: int = 7, seed: int = 0) -> tuple[Toy, RoutedLinear]:
@@ -241,22 +276,28 @@ Oracle = Callable[[dict[str, Tensor], Tensor], tuple[Tensor, Tensor]]
 """(parameters W, b, A, B, Wg, tokens x [T, D]) to (y [T, O], gates [T, G])."""
 
 
-def assert_layer_equals(model: Toy, layer: RoutedLinear, oracle: Oracle, tokens: int = 6, rtol: float = 1e-11) -> None:
-    """A whole routed layer against its formula: output, gates, and the gradient of everything that has one."""
+def assert_layer_equals(
+    model: Toy,
+    layer: RoutedLinear,
+    oracle: Oracle,
+    tokens: int = 6,
+    rtol: float = 1e-11,
+    task: Tensor | None = None,
+) -> None:
+    """A whole routed layer against its formula: output, gates, and the gradient of everything that has one.
+
+    The oracle's parameters go by W, b, A, B, Wg, and by their own names beyond these. task: [T] ids for the layer.
+    """
     made = torch.Generator().manual_seed(5)
     x = torch.randn(2, tokens // 2, layer.in_features, generator=made, dtype=torch.float64)
-    parameters = {
-        "W": layer.base_layer.weight,
-        "b": layer.base_layer.bias,
-        "A": layer.experts.lora_A,
-        "B": layer.experts.lora_B,
-    }
-    if "weight" in dict(layer.router.named_parameters()):
-        parameters["Wg"] = layer.router.weight
+    parameters = {"W": layer.base_layer.weight, "b": layer.base_layer.bias}
+    renamed = {"lora_A": "A", "lora_B": "B", "weight": "Wg"}
+    for part in (layer.experts, layer.router):
+        parameters.update({renamed.get(name, name): parameter for name, parameter in part.named_parameters()})
     mine = x.clone().requires_grad_()
     gates: list[Tensor] = []
     with moelora.collect(model, lambda view, route: gates.append(route.dense())):
-        y = model(mine)
+        y = model(mine) if task is None else model(mine, task_ids=task.view(x.shape[:-1]))
     upstream = torch.randn(y.shape, generator=made, dtype=torch.float64)
     y.backward(upstream)
 

@@ -17,10 +17,12 @@ class Factors:
     - shared A: A [r, D], B [O, G*r]; every unit gates its own copy of A x.
     - routed core: core [G, r, r], A [r, D], B [O, r]; the gates mix cores, ``sum_u g_u core_u A x``.
 
-    scale: [columns of B] float32, for instance lora_alpha / r.
+    scale: [columns of B] float32, for instance lora_alpha / r. A is None where the tokens are h = A x already.
+    anchors: pairs of a parameter and its value at the start, for losses that hold experts near it.
     """
 
-    A: Tensor
+    A: Tensor | None
     B: Tensor
     scale: Tensor
     core: Tensor | None = None
+    anchors: tuple[tuple[Tensor, Tensor], ...] = ()

@@ -36,7 +36,9 @@ class Route:
         return dense_gates(self.weight, self.index, self.units)
 
     def chosen(self) -> Tensor:
-        """[T, G] of 1 where a token chose a unit, else 0; no gradient, same dtype as ``weight``."""
+        """[T, G] of 1 where a token chose a unit (dense: where its gate is not zero), else 0; no gradient."""
+        if self.index is None:
+            return (self.weight.detach() != 0).to(self.weight.dtype)
         return dense_gates(torch.ones_like(self.weight), self.index, self.units)
 
     def load(self, mask: Tensor | None = None) -> Tensor:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moelora.core.errors import MoeloraError
+from moelora.core.errors import DataError, MoeloraError
+from moelora.core.factors import Factors
 from moelora.core.route import Route
 
 
@@ -25,8 +26,9 @@ from moelora.core.route import Route
 class Site:
     """One adapted place.
 
-    name: module path in the base model. index: position among all sites. stream: which tokens it reads,
-    ``"input"``, or in an encoder-decoder ``"decoder"``.
+    name: module path in the base model. index: position among all ``count`` sites. stream: which tokens it reads,
+    ``"input"``, or in an encoder-decoder ``"decoder"``. block: number of the transformer block it lies in, of
+    ``blocks``, or None. hidden_size: width of the model's last hidden state, or None where the model does not say.
     """
 
     name: str
@@ -34,6 +36,15 @@ class Site:
     in_features: int
     out_features: int
     stream: str = "input"
+    count: int = 1
+    block: int | None = None
+    blocks: int = 0
+    hidden_size: int | None = None
+
+    @property
+    def parent(self) -> str:
+        """Path of the module that holds the layer."""
+        return self.name.rpartition(".")[0]
 
 
 @dataclass
@@ -41,14 +52,26 @@ class Tape:
     """One forward pass of one model.
 
     mask: per stream, [B, S] bool, True for real tokens; a missing stream has only real tokens.
+    answers: per stream, [B, S] bool, True for tokens whose prediction carries loss; missing without labels.
     task: [B] or [B, S] int64 task ids, -1 where unknown.
     positions: [B, S] position ids, zero at each start of a packed sequence.
+    plan: [B, S, L, E] what ``Router.plan`` made of the base model's last hidden state.
+    past: what routers kept of the tokens before these, when decoding with a cache; kept: what they keep now.
+    shared: routes that one layer of a feed-forward block leaves to the next.
     with_terms: whether layers compute their auxiliary terms in this pass.
+    called, read: sites that were called, and sites whose weight was looked at.
     """
 
     mask: dict[str, Tensor] = field(default_factory=dict)
+    answers: dict[str, Tensor] = field(default_factory=dict)
     task: Tensor | None = None
     positions: Tensor | None = None
+    plan: Tensor | None = None
+    past: dict[int, Tensor] = field(default_factory=dict)
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    shared: dict[str, Route] = field(default_factory=dict)
+    called: set[int] = field(default_factory=set)
+    read: set[int] = field(default_factory=set)
     with_terms: bool = False
     terms: dict[str, list[Tensor]] = field(default_factory=dict)
     load: dict[int, Tensor] = field(default_factory=dict)
@@ -63,12 +86,9 @@ class Tape:
 
     def view(self, site: Site, shape: torch.Size) -> View:
         """What ``site`` may know of this pass; ``shape`` is its input's without the feature axis."""
-        mask = self.mask.get(site.stream)
-        if mask is not None and mask.shape != shape:
-            # Decoding with a cache: the mask covers the past too. Other shapes are not sequences (a pooled state).
-            fits = len(shape) == 2 and mask.shape[0] == shape[0] and mask.shape[1] > shape[1]
-            mask = mask[:, mask.shape[1] - shape[1] :] if fits else None
-        return View(self, site, shape, None if mask is None else mask.reshape(-1), self._task(shape))
+        self.called.add(site.index)
+        mask, answers = (_of_tokens(of.get(site.stream), shape) for of in (self.mask, self.answers))
+        return View(self, site, shape, mask, self._task(shape), answers)
 
     def _task(self, shape: torch.Size) -> Tensor | None:
         if self.task is None or not shape or self.task.shape[0] != shape[0]:
@@ -102,7 +122,7 @@ class View:
     """One layer's view of the tape during one call.
 
     shape: the input's shape without features, T = its product. mask: [T] bool or None.
-    task: [T] int64, -1 where unknown, or None.
+    task: [T] int64, -1 where unknown, or None. answers: [T] bool or None, see Tape. factors: the layer's experts.
     """
 
     tape: Tape
@@ -110,6 +130,41 @@ class View:
     shape: torch.Size
     mask: Tensor | None
     task: Tensor | None
+    answers: Tensor | None = None
+    factors: Factors | None = None
+
+    @property
+    def plan(self) -> Tensor:
+        """[T, L, E] the router's plan for these tokens. Raises MoeloraError when there is none for them."""
+        plan, where = self.tape.plan, f"'{self.site.name}'"
+        if plan is None:
+            raise MoeloraError(f"{where} routes by the model's last hidden state; call the whole model, not a part")
+        if plan.shape[:-2] != self.shape:
+            raise MoeloraError(
+                f"{where} reads {tuple(self.shape)} states and the model has {tuple(plan.shape[:-2])} tokens: a router "
+                "that plans by token cannot serve it; leave it out with exclude_modules"
+            )
+        return plan.reshape(-1, *plan.shape[-2:])
+
+    @property
+    def past(self) -> Tensor | None:
+        """What this site kept of the tokens before these, [B, ...], or None at the start of a sequence."""
+        return self.tape.past.get(self.site.index)
+
+    def keep(self, value: Tensor) -> None:
+        """Keep [B, ...] for the tokens that follow these in a cache."""
+        if self.tape.recording:
+            self.tape.kept[self.site.index] = value.detach()
+
+    def only(self, tokens: str) -> View:
+        """This view, its mask narrowed to ``"answers"``; as it is for ``"all"``. Raises DataError without labels."""
+        if tokens == "all":
+            return self
+        if not self.tape.answers:
+            raise DataError("a loss with tokens: answers needs labels [B, S] in the batch; without them, tokens: all")
+        if self.answers is None:
+            return self
+        return replace(self, mask=self.answers if self.mask is None else self.answers & self.mask)
 
     def once(self, choose: Callable[[], Tensor]) -> Tensor:
         """``choose()``, or what it gave in the first pass when a checkpointed region is recomputed.
@@ -191,12 +246,23 @@ class _Recompute:
         self.stack.__exit__(*error)
 
 
+def _of_tokens(mask: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """[B, S] as [T] for tokens of ``shape``; the newest ones when decoding; None for what is no sequence."""
+    if mask is not None and mask.shape != shape:
+        # Decoding with a cache: the mask covers the past too. Other shapes are not sequences (a pooled state).
+        fits = len(shape) == 2 and mask.shape[0] == shape[0] and mask.shape[1] > shape[1]
+        mask = mask[:, mask.shape[1] - shape[1] :] if fits else None
+    return None if mask is None else mask.reshape(-1)
+
+
 @dataclass
 class Collector:
     """Takes the auxiliary terms of the forwards inside ``moelora.model.collect`` into its own hands.
 
     terms: name to scalar, one dict per forward. observer: called with every (View, Route), or None.
+    with_terms: whether terms are computed outside of training too.
     """
 
     observer: Callable[[View, Route], None] | None = None
+    with_terms: bool = True
     terms: list[dict[str, Tensor]] = field(default_factory=list)

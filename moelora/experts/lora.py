@@ -19,6 +19,8 @@ from moelora.experts.base import Experts
 class LoRA(Experts):
     """Both factors trained."""
 
+    gives = ("own_A",)
+
     def __init__(self, site: Site, num_experts: int, r: int) -> None:
         super().__init__(site, num_experts, r)
         self.lora_A = nn.Parameter(torch.empty(num_experts * r, site.in_features))

@@ -1,7 +1,10 @@
 """Kaiming-uniform A, zero B: the model starts as the base model, bit for bit.
 
-Paper: Hu et al., LoRA, arXiv 2106.09685 (their released code: uniform with a = sqrt(5), that is
-U(-1/sqrt(D), 1/sqrt(D))). Recipe line: ``init: {name: kaiming}``
+    A ~ U(-1/sqrt(D), 1/sqrt(D)),   B = 0,   every core (CoMoL) ~ U(-1/sqrt(r), 1/sqrt(r))
+
+Paper: Hu et al., LoRA, arXiv 2106.09685 (their released code: Kaiming uniform with a = sqrt(5)); cores as in CoMoL's.
+
+Recipe line: ``init: {name: kaiming}``
 """
 
 from __future__ import annotations
@@ -21,7 +24,11 @@ class Kaiming(Init):
     @torch.no_grad()
     def __call__(self, experts: nn.Module) -> None:
         parameters = dict(experts.named_parameters())
-        if parameters.keys() != {"lora_A", "lora_B"}:
-            raise ConfigError(f"init kaiming sets lora_A and lora_B; {type(experts).__name__} has {sorted(parameters)}")
+        if parameters.keys() - {"core"} != {"lora_A", "lora_B"}:
+            raise ConfigError(
+                f"init kaiming sets lora_A, lora_B, core; {type(experts).__name__} has {sorted(parameters)}"
+            )
         nn.init.kaiming_uniform_(parameters["lora_A"], a=math.sqrt(5))
         nn.init.zeros_(parameters["lora_B"])
+        if "core" in parameters:
+            nn.init.uniform_(parameters["core"], -1, 1).div_(math.sqrt(parameters["core"].shape[-1]))

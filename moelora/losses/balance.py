@@ -3,7 +3,7 @@
     L = G * sum_u f_u P_u,   f_u = choices of unit u per token (sums to k, no gradient),   P_u = mean probability
 
 Paper: Fedus et al., arXiv 2101.03961, eq. 4; with f summing to k as in Mixtral, so that ``router_aux_loss_coef`` values
-carry over. A perfectly balanced router scores k. Over valid tokens, per layer, mean over layers.
+carry over. A perfectly balanced router scores k. Over valid tokens, f over those of all processes; mean over layers.
 
 Recipe line: ``losses: {balance: 0.01}``
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moelora.core.route import Route
 from moelora.core.tape import View
-from moelora.losses.base import Loss, token_mean
+from moelora.losses.base import Loss, global_mean, token_mean
 
 
 class Balance(Loss):
@@ -24,5 +24,5 @@ class Balance(Loss):
 
     def __call__(self, route: Route, view: View) -> Tensor:
         assert route.probs is not None
-        share = token_mean(route.chosen(), view.mask)
+        share = global_mean(route.chosen(), view)
         return route.units * (share * token_mean(route.probs, view.mask)).sum()

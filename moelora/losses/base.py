@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from moelora.core.errors import ConfigError
@@ -14,22 +16,26 @@ from moelora.core.tape import View
 class Loss(ABC):
     """A scalar per site from its route; the reported term is the mean over sites, in float32.
 
-    needs: the optional fields of ``Route`` the term reads; a router without them is refused before training.
+    needs: the optional fields of ``Route`` and ``Factors`` that the term reads; a router or experts without them are
+        refused before training.
     expert_per_task: expert i stands for task i, so there must be as many experts as tasks.
-    Recipe keys are keyword-only arguments; ``weight`` is common to all.
+    anchored: it reads ``view.factors.anchors``, the experts as they were at the start.
+    Recipe keys are keyword-only arguments; ``weight`` and ``tokens`` are common to all.
     """
 
-    needs: tuple[str, ...] = ()
-    expert_per_task: bool = False
+    needs: ClassVar[tuple[str, ...]] = ()
+    expert_per_task: ClassVar[bool] = False
+    anchored: ClassVar[bool] = False
 
-    def __init__(self, weight: float) -> None:
+    def __init__(self, weight: float, tokens: Literal["all", "answers"] = "all") -> None:
+        """tokens: count every token that is not padding, or only those whose prediction carries loss."""
         if weight < 0:
             raise ConfigError(f"losses: a weight must not be negative, found {weight}")
-        self.weight = weight
+        self.weight, self.tokens = weight, tokens
 
     @abstractmethod
     def __call__(self, route: Route, view: View) -> Tensor:
-        """The term of one site, over valid tokens only; zero (with a graph) when there are none."""
+        """The term of one site, over the tokens of ``view.mask``; zero (with a graph) when there are none."""
 
 
 def token_mean(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -38,3 +44,23 @@ def token_mean(values: Tensor, mask: Tensor | None) -> Tensor:
         return values.sum(0) / max(1, values.shape[0])
     weight = mask.to(values.dtype)
     return (values * weight.view(-1, *[1] * (values.dim() - 1))).sum(0) / weight.sum().clamp(min=1)
+
+
+def global_mean(values: Tensor, view: View) -> Tensor:
+    """``token_mean`` without gradient, over the tokens of all processes while training.
+
+    The other factor of a product of two means may stay local: with gradients averaged over processes, the sum is the
+    product over the global batch. A recomputed (checkpointed) region reuses what the first pass found.
+    """
+    together = torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+    def mean() -> Tensor:
+        if not together:
+            return token_mean(values, view.mask)
+        count = values.new_full((1,), len(values)) if view.mask is None else view.mask.sum().to(values.dtype).view(1)
+        kept = values if view.mask is None else values * view.mask.to(values.dtype).unsqueeze(-1)
+        total = torch.cat([kept.sum(0), count])
+        torch.distributed.all_reduce(total)
+        return total[:-1] / total[-1].clamp(min=1)
+
+    return view.once(mean)

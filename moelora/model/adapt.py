@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from moelora.core.errors import ConfigError
 from moelora.core.methods import Methods
-from moelora.model.config import AdapterConfig, build_init, build_losses, build_site, find_sites, resolve
+from moelora.model.adapters import fill_from_adapters
+from moelora.model.config import AdapterConfig, build_init, build_losses, build_sites, find_sites, resolve
+from moelora.model.ffn import block_layers
 from moelora.model.layer import RoutedLinear
 from moelora.model.record import Adaptation, main_process, routed_layers
 from moelora.model.routed import RoutedModel, replaying
@@ -57,18 +59,23 @@ def attach(model: nn.Module, config: AdapterConfig, methods: Methods, initialise
         for module in model.modules()
         if getattr(module, "gradient_checkpointing", False) is True
     }
+    _check_router(model, record)
+    kinds = block_layers(model, sites) if record.router.around == "ffn" else {}
+    weights = [_weight(model.get_submodule(site.name)) for site in sites]
     layers: dict[str, RoutedLinear] = {}
-    for site in sites:
-        base_layer = model.get_submodule(site.name)
-        weight = _weight(base_layer)
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        with torch.device(weight.device):
-            router, experts = build_site(config, methods, site)
+    for site, router, experts in build_sites(config, methods, sites, [weight.device for weight in weights]):
+        base_layer, kind = model.get_submodule(site.name), kinds.get(site.name, RoutedLinear)
+        dtype = torch.float64 if weights[site.index].dtype == torch.float64 else torch.float32
         router, experts = router.to(dtype), experts.to(dtype)
         if initialise:
             init(experts)
-        layer = RoutedLinear(base_layer, site, experts, router, losses, record.port, config.experts.lora_dropout)
+        layer = kind(base_layer, site, experts, router, losses, record.port, config.experts.lora_dropout)
         layers[site.name] = layer.train(base_layer.training)
+    if initialise:
+        fill_from_adapters(layers, config)
+        for layer in layers.values():
+            layer.experts.set_anchors()
+            layer.router.prepare(layer.experts.factors())
 
     model.requires_grad_(False)  # the model has not been touched so far; from here on nothing can fail
     for name, layer in layers.items():
@@ -82,6 +89,19 @@ def attach(model: nn.Module, config: AdapterConfig, methods: Methods, initialise
     model.moelora = record  # type: ignore[assignment]
     for module, checkpointing in checkpointed.items():
         module._gradient_checkpointing_func = checkpointing  # type: ignore[assignment]
+
+
+def _check_router(model: nn.Module, record: Adaptation) -> None:
+    """Raise ConfigError for a router that cannot serve this kind of model."""
+    name, router = record.config.router["name"], record.router
+    if router.reads != "hidden":
+        return
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ConfigError(f"routers.{name} reads the last hidden state of one stream; {type(model).__name__} has two")
+    if not hasattr(model, "base_model"):
+        raise ConfigError(
+            f"routers.{name} reads the last hidden state of a transformers model, not {type(model).__name__}"
+        )
 
 
 def fingerprint(model: nn.Module, names: list[str]) -> str | None:
@@ -119,8 +139,10 @@ def print_table(model: nn.Module) -> None:
     table = Table("target", "layers", "in -> out", "experts", "router", "trainable")
     for (name, wide, out), layers in kinds.items():
         experts, router = layers[0].experts, layers[0].router
-        trainable = sum(p.numel() for layer in layers for p in layer.parameters() if p.requires_grad)
-        size = f"{experts.num_experts} x r={experts.r}"
+        own = {id(p): p.numel() for layer in layers for p in layer.parameters() if p.requires_grad}  # some are shared
+        trainable = sum(own.values())
+        counts = sorted({layer.experts.num_experts for layer in layers})
+        size = f"{'-'.join(map(str, {counts[0]: 0, counts[-1]: 0}))} x r={experts.r}"
         table.add_row(name, str(len(layers)), f"{wide} -> {out}", size, type(router).__name__, f"{trainable:,}")
     trainable, total = parameter_counts(model)
     table.caption = f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
@@ -26,16 +27,38 @@ from moelora.targets.named import select
 
 
 class ExpertsConfig(Strict):
-    """``experts:``, in PEFT's words; keys beyond these belong to the parameterisation ``name``."""
+    """``experts:``, in PEFT's words; keys beyond these belong to the parameterisation ``name``.
+
+    num_experts: one number, or a list over the depth of the model: as many equal groups of blocks as it has entries
+    (MoLA, arXiv 2402.08562). train: ``all``, ``B`` (A stays as initialised) or ``none`` (only the router learns).
+    adapters: folders written by moelora whose experts, in order, are the experts to start from.
+    """
 
     model_config = {**Strict.model_config, "extra": "allow"}
 
     name: str = "lora"
-    num_experts: Annotated[int, Field(ge=1)] = 1
+    num_experts: Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = 1
     r: Annotated[int, Field(ge=1)] = 8
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     use_rslora: bool = False
+    train: Literal["all", "B", "none"] = "all"
+    adapters: list[str] = []
+
+    @property
+    def most(self) -> int:
+        """The number of experts of the layer that has most."""
+        return self.num_experts if isinstance(self.num_experts, int) else max(self.num_experts)
+
+    def at(self, site: Site) -> int:
+        """The number of experts at a site. Raises ConfigError when a list does not fit the model's depth."""
+        if isinstance(self.num_experts, int):
+            return self.num_experts
+        groups = len(self.num_experts)
+        if site.block is None or site.blocks % groups:
+            where = f"'{site.name}' lies in no block" if site.block is None else f"the model has {site.blocks} blocks"
+            raise ConfigError(f"experts.num_experts: {groups} numbers for equal groups of blocks, but {where}")
+        return self.num_experts[site.block * groups // site.blocks]
 
     def method(self) -> dict[str, Any]:
         """Name and own options of the parameterisation."""
@@ -45,9 +68,9 @@ class ExpertsConfig(Strict):
 class AdapterConfig(Strict):
     """The whole adapter. A method is ``{name: ..., option: ...}``, or just its name.
 
-    losses: name to weight, or to ``{weight: ..., option: ...}``. target_modules, exclude_modules, layers_to_transform
-    and layers_pattern follow PEFT's rules (``moelora.targets.named``). modules_to_save: names of modules to train in
-    full, such as a new classifier.
+    losses: name to weight, or to ``{weight: ..., tokens: all | answers, option: ...}``. target_modules,
+    exclude_modules, layers_to_transform and layers_pattern follow PEFT's rules (``moelora.targets.named``).
+    modules_to_save: names of modules to train in full, such as a new classifier.
     """
 
     experts: ExpertsConfig = ExpertsConfig()
@@ -98,18 +121,18 @@ def resolve(config: AdapterConfig | Mapping[str, Any] | str | Path, methods: Met
             "router": methods.check("routers", config.router),
             "init": methods.check("init", config.init),
             "losses": {
-                name: {
-                    "weight": _weight(name, spec),
-                    **_without_name(methods.check("losses", {"name": name, **_without_weight(spec)})),
-                }
+                name: {**_common(name, spec), **_without(methods.check("losses", {"name": name, **_own(spec)}), "name")}
                 for name, spec in config.losses.items()
             },
         }
     )
+    blocks = 1 if isinstance(experts.num_experts, int) else len(experts.num_experts)
+    sites = [Site("0.check", 0, 8, 8, block=block, blocks=blocks, hidden_size=8) for block in range(blocks)]
     with torch.device("meta"):
-        router, _ = build_site(filled, methods, Site("check", 0, 8, 8))
+        built = list(build_sites(filled, methods, sites))
+    _refuse_unfit_experts(*built[0][1:], filled)
     for loss in build_losses(filled, methods).items():
-        _refuse_blind_loss(*loss, router, filled.router["name"])
+        _refuse_blind_loss(*loss, *built[0][1:], filled)
     return filled
 
 
@@ -134,14 +157,33 @@ def find_sites(model: nn.Module, config: AdapterConfig) -> list[Site]:
     return select(model, config.target_modules, exclude, config.layers_to_transform, config.layers_pattern)
 
 
-def build_site(config: AdapterConfig, methods: Methods, site: Site) -> tuple[Router, Experts]:
-    """Router and experts of one site; the experts' parameters are still empty."""
-    shape = (site, config.experts.num_experts, config.experts.r)
-    router: Router = methods.build("routers", config.router, *shape)
-    experts: Experts = methods.build("experts", config.experts.method(), *shape)
-    rank = router.scale_rank
-    experts.scale.fill_(config.experts.lora_alpha / (math.sqrt(rank) if config.experts.use_rslora else rank))
-    return router, experts
+def build_sites(
+    config: AdapterConfig, methods: Methods, sites: Sequence[Site], devices: Sequence[torch.device] | None = None
+) -> Iterator[tuple[Site, Router, Experts]]:
+    """Router and experts of every site; the experts' parameters are still empty. Sites of a group share a router."""
+    routers: dict[str, Router] = {}
+    router_class: type[Router] = methods.find("routers", config.router["name"])
+    anchored = any(methods.find("losses", name).anchored for name in config.losses)  # type: ignore[attr-defined]
+    for position, site in enumerate(sites):
+        shape = (site, config.experts.at(site), config.experts.r)
+        group = router_class.group(site, _without(config.router, "name"))
+        with nullcontext() if devices is None else torch.device(devices[position]):
+            router = routers.get(group) if group is not None else None
+            if router is None:
+                router = methods.build("routers", config.router, *shape)
+            experts: Experts = methods.build("experts", config.experts.method(), *shape)
+            if group is not None:
+                routers[group] = router
+            experts.scale.fill_(_scale(config.experts, router.scale_rank))
+            for name, parameter in experts.named_parameters():
+                parameter.requires_grad_(config.experts.train in ("all", name.removeprefix("lora_")))
+            if anchored:
+                experts.keep_anchors()
+        yield site, router, experts
+
+
+def _scale(experts: ExpertsConfig, rank: int) -> float:
+    return experts.lora_alpha / (math.sqrt(rank) if experts.use_rslora else rank)
 
 
 def build_init(config: AdapterConfig, methods: Methods) -> Init:
@@ -153,30 +195,44 @@ def build_init(config: AdapterConfig, methods: Methods) -> Init:
 def build_losses(config: AdapterConfig, methods: Methods) -> dict[str, Loss]:
     """The auxiliary terms by name."""
     return {
-        name: methods.build("losses", {"name": name, **_without_weight(spec)}, spec["weight"])
+        name: methods.build("losses", {"name": name, **_own(spec)}, *_common(name, spec).values())
         for name, spec in config.losses.items()
     }
 
 
-def _refuse_blind_loss(name: str, loss: Loss, router: Router, router_name: str) -> None:
-    missing = [need for need in loss.needs if need not in router.gives]
+def _refuse_unfit_experts(router: Router, experts: Experts, config: AdapterConfig) -> None:
+    missing = [need for need in router.needs if need not in experts.gives]
     if missing:
+        said = {"own_A": "an A of their own", "shared_A": "one A for all", "core": "cores"}
         raise ConfigError(
-            f"losses.{name} reads the router's {' and '.join(missing)}, and router '{router_name}' has none; "
-            "remove the loss or choose a router that scores its units"
+            f"router '{config.router['name']}' is for experts with {' and '.join(said[need] for need in missing)}; "
+            f"experts '{config.experts.name}' have {' and '.join(said[has] for has in experts.gives)}"
         )
 
 
-def _weight(name: str, spec: Mapping[str, Any]) -> float:
-    weight = spec.get("weight")
+def _refuse_blind_loss(name: str, loss: Loss, router: Router, experts: Experts, config: AdapterConfig) -> None:
+    missing = [need for need in loss.needs if need not in router.gives + experts.gives]
+    if missing:
+        raise ConfigError(
+            f"losses.{name} reads {' and '.join(missing)}, which neither router '{config.router['name']}' nor experts "
+            f"'{config.experts.name}' have; remove the loss or choose others"
+        )
+
+
+def _common(name: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that every loss has."""
+    weight, tokens = spec.get("weight"), spec.get("tokens", "all")
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not weight >= 0:
         raise ConfigError(f"losses.{name}.weight: expected a number of at least 0, found {weight!r}")
-    return float(weight)
+    if tokens not in ("all", "answers"):
+        raise ConfigError(f"losses.{name}.tokens: expected all or answers, found {tokens!r}")
+    return {"weight": float(weight), "tokens": tokens}
 
 
-def _without_weight(spec: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in spec.items() if key != "weight"}
+def _own(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a loss that are its own."""
+    return _without(spec, "weight", "tokens")
 
 
-def _without_name(spec: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in spec.items() if key != "name"}
+def _without(spec: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in spec.items() if key not in keys}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moelora.core.errors import MoeloraError
-from moelora.core.tape import Port, Site, Tape
+from moelora.core.factors import Factors
+from moelora.core.route import Route
+from moelora.core.tape import Port, Site, Tape, View
 from moelora.experts.base import Experts
 from moelora.losses.base import Loss
 from moelora.routers.base import Router
@@ -39,6 +43,8 @@ class RoutedLinear(nn.Module):
     @property
     def weight(self) -> Any:
         """The base layer's, for models that look at a layer's dtype or device."""
+        if self.port.tape is not None:
+            self.port.tape.read.add(self.site.index)
         return self.base_layer.weight
 
     @property
@@ -48,25 +54,36 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
-        if not self.port.enabled:
-            return y
+        return y + self._exact(self._update, x).to(y.dtype) if self.port.enabled else y
+
+    @staticmethod
+    def _exact(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """``compute(x)``; under autocast with x in autocast's dtype and routing left in float32."""
         device = x.device.type
         if not torch.is_autocast_enabled(device):
-            return y + self._update(x).to(y.dtype)
-        x = x.to(torch.get_autocast_dtype(device))
-        with torch.autocast(device, enabled=False):  # routing stays in float32
-            return y + self._update(x).to(y.dtype)
+            return compute(x)
+        with torch.autocast(device, enabled=False):
+            return compute(x.to(torch.get_autocast_dtype(device)))
 
     def _update(self, x: Tensor) -> Tensor:
         view = self._tape().view(self.site, x.shape[:-1])
         tokens = x.reshape(-1, self.site.in_features)
         dropped = self.dropout(tokens)
-        route = self.router(dropped if self.router.reads == "dropped" else tokens, view)
+
+        def decide(factors: Factors, h: Tensor | None) -> Route:
+            return self._route(tokens, dropped, h, replace(view, factors=factors))
+
+        update: Tensor = self.experts(dropped, decide, "rank_space" if self.router.reads == "h" else "tokens")
+        return update.view(*x.shape[:-1], self.site.out_features)
+
+    def _route(self, tokens: Tensor, dropped: Tensor, h: Tensor | None, view: View) -> Route:
+        seen = {"dropped": dropped, "h": h}.get(self.router.reads, tokens)
+        route: Route = self.router(seen, view)
         if view.tape.with_terms:
             for name, loss in self.losses.items():
-                view.add(name, loss(route, view))
+                view.add(name, loss(route, view.only(loss.tokens)))
         view.observe(route)
-        return self.experts(dropped, route).view(*x.shape[:-1], self.site.out_features)
+        return route
 
     def _tape(self) -> Tape:
         if self.port.tape is not None:

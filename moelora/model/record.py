@@ -14,6 +14,7 @@ from moelora.core.tape import Port, Site
 from moelora.losses.base import Loss
 from moelora.model.config import AdapterConfig
 from moelora.model.layer import RoutedLinear
+from moelora.routers.base import Router
 
 
 @dataclass
@@ -27,6 +28,12 @@ class Adaptation:
     fingerprint: str | None
     port: Port = field(default_factory=Port)
     watched: weakref.ref[nn.Module] | None = None
+
+    @property
+    def router(self) -> type[Router]:
+        """The class of the routers."""
+        found: type[Router] = self.methods.find("routers", self.config.router["name"])
+        return found
 
 
 def routed_layers(model: nn.Module) -> list[RoutedLinear]:

@@ -1,6 +1,6 @@
 """What an adapted model does beyond its base class.
 
-``adapt`` gives the model instance a subclass of its own class with three methods overridden, as torch's ``fully_shard``
+``adapt`` gives the model instance a subclass of its own class with four methods overridden, as torch's ``fully_shard``
 does. ``isinstance`` holds, ``forward`` and its signature are untouched, so trainers, ``generate`` and pipelines see the
 transformers model they know.
 """
@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from moelora.core.errors import MoeloraError
 from moelora.core.route import Route
 from moelora.core.tape import Collector, Port, Tape, View
+from moelora.model.cache import accompany, companion_of
+from moelora.model.plan import last_hidden
 from moelora.model.record import Adaptation, adaptation, routed_layers
 from moelora.model.write import write
 
@@ -35,7 +37,8 @@ class RoutedModel(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's call inside a tape. Takes ``task_ids`` [B] or [B, S] besides the model's own arguments.
 
-        While training, the weighted auxiliary terms are part of the returned loss.
+        While training, the weighted auxiliary terms are part of the returned loss. A router that reads hidden states is
+        planned first, from a pass of the base model without gradients.
         """
         task_ids = kwargs.pop("task_ids", None)
         port = self.moelora.port
@@ -48,16 +51,33 @@ class RoutedModel(nn.Module):
         training = self.training and torch.is_grad_enabled()
         tape = Tape(
             mask=_masks(given),
+            answers=_answers(self, given),
             task=task_ids,
             positions=given.get("position_ids"),
-            with_terms=training or collector is not None,
+            with_terms=training or (collector is not None and collector.with_terms),
             observer=None if collector is None else collector.observer,
         )
+        router = self.moelora.router
+        companion = companion_of(given) if router.remembers or router.reads == "hidden" else None
+        if companion is not None:
+            tape.past = companion.memory
+            if router.reads == "hidden":
+                with disabled(self):
+                    hidden = last_hidden(self, given, companion)
+                first: Any = self.get_submodule(self.moelora.sites[0].name)
+                with torch.autocast(hidden.device.type, enabled=False):  # routing stays in float32
+                    tape.plan = first.router.plan(hidden)
         with port.on(tape):
             out = super().__call__(*args, **kwargs)
+        _refuse_bypassed(self, tape)
+        if companion is not None:
+            companion.memory = {**tape.past, **tape.kept}
+            accompany(out, given, companion)
         if training and tape.load:
             self._keep_load(tape.load)
         terms = {name: _mean(values) for name, values in tape.terms.items()}
+        if training:
+            _refuse_lost_terms(self, terms)
         tape.terms.clear()  # a checkpointed graph holds the tape: it must not hold the graph, or neither is ever freed
         if collector is not None:
             collector.terms.append(terms)
@@ -88,6 +108,10 @@ class RoutedModel(nn.Module):
         """Both spellings of the switch come through here; see ``replaying``."""
         func = replaying(gradient_checkpointing_func, self.moelora.port) if enable else gradient_checkpointing_func
         super()._set_gradient_checkpointing(enable=enable, gradient_checkpointing_func=func, **kwargs)  # type: ignore[misc]
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """``generate`` takes ``task_ids`` too."""
+        super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k != "task_ids"})  # type: ignore[misc]
 
     def save_pretrained(
         self,
@@ -181,13 +205,16 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def collect(model: nn.Module, observer: Callable[[View, Route], None] | None = None) -> Iterator[Collector]:
+def collect(
+    model: nn.Module, observer: Callable[[View, Route], None] | None = None, with_terms: bool = True
+) -> Iterator[Collector]:
     """Take the auxiliary terms of the forwards inside: they are listed in ``.terms`` and not added to any loss.
 
-    observer: called with the (View, Route) of every routed layer, for statistics.
+    observer: called with the (View, Route) of every routed layer, for statistics. with_terms: compute the terms outside
+    of training too.
     """
     collectors = adaptation(model).port.collectors
-    collectors.append(Collector(observer))
+    collectors.append(Collector(observer, with_terms))
     try:
         yield collectors[-1]
     finally:
@@ -207,6 +234,43 @@ def _masks(given: dict[str, Any]) -> dict[str, Tensor]:
     if found["decoder"] is None and isinstance(labels, Tensor) and labels.dim() == 2:
         found["decoder"] = labels.ne(-100)
     return {stream: mask.bool() for stream, mask in found.items() if isinstance(mask, Tensor) and mask.dim() == 2}
+
+
+def _answers(model: nn.Module, given: dict[str, Any]) -> dict[str, Tensor]:
+    """Per stream, which tokens' predictions carry loss, from [B, S] labels."""
+    labels, shifted = given.get("labels"), given.get("shift_labels")
+    if isinstance(shifted, Tensor) and shifted.dim() == 2:
+        return {"input": shifted.ne(-100)}
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        return {}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return {"decoder": labels.ne(-100)}
+    if getattr(model, "loss_type", None) != "ForCausalLM":
+        return {"input": labels.ne(-100)}
+    return {"input": torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100).ne(-100)}
+
+
+def _refuse_bypassed(model: RoutedModel, tape: Tape) -> None:
+    """Raise MoeloraError when a layer's weight was used and the layer itself never called: its experts had no say."""
+    bypassed = sorted(tape.read - tape.called)
+    if bypassed:
+        names = [model.moelora.sites[index].name for index in bypassed]
+        raise MoeloraError(
+            f"the model reads the weight of '{names[0]}' without calling the layer ({len(names)} such layers), so "
+            f"experts there have no effect; leave them out: exclude_modules: [{names[0].rpartition('.')[2]}]"
+        )
+
+
+def _refuse_lost_terms(model: RoutedModel, terms: dict[str, Tensor]) -> None:
+    """Raise MoeloraError for a term without a weight, or a weight without a term."""
+    losses = model.moelora.losses
+    for name in sorted(terms.keys() - losses.keys()):
+        raise MoeloraError(f"the auxiliary term '{name}' is recorded, but has no weight; add losses: {{{name}: ...}}")
+    for name in sorted(losses.keys() - terms.keys()):
+        raise MoeloraError(
+            f"losses.{name} has a weight, but no adapted layer of this model took part in the forward, so there is no "
+            "such term; check target_modules against what the model calls"
+        )
 
 
 def _both(outer: Callable[[], Any] | None, inner: Callable[[], Any]) -> Callable[[], Any]:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from moelora.core.errors import AdapterError
 from moelora.core.methods import Methods
-from moelora.io.folder import MANIFEST, Manifest, read_manifest, read_tensors
+from moelora.io.folder import MANIFEST, Manifest, read_manifest
 from moelora.model.adapt import attach, fingerprint, print_table
-from moelora.model.config import AdapterConfig, build_site, find_sites, resolve
+from moelora.model.adapters import ROUTER_FILE, merged_tensors
+from moelora.model.config import AdapterConfig, build_sites, find_sites, resolve
 from moelora.model.record import adaptation, main_process
 from moelora.model.saved import find_saved
-from moelora.model.write import PEFT_PREFIX, ROUTER_FILE, adapter_tensors, refuse_foreign, write
+from moelora.model.write import adapter_tensors, refuse_foreign, write
 
 Base = TypeVar("Base", bound=nn.Module)
 
@@ -52,7 +53,7 @@ def load(
     manifest = read_manifest(folder)
     methods = Methods(plugins)
     config = resolve(manifest.adapter, methods)
-    tensors = _merge(folder, manifest, config)
+    tensors = merged_tensors(folder, manifest, config)
     _check_base(base_model, manifest, config, folder, force)
     _check_shapes(base_model, config, methods, tensors, folder)
     attach(base_model, config, methods, initialise=False)
@@ -69,7 +70,7 @@ def restore(model: nn.Module, folder: str | Path) -> None:
     if manifest.adapter != record.config.model_dump():
         changed = [k for k, v in record.config.model_dump().items() if manifest.adapter.get(k) != v]
         raise AdapterError(f"{path}: saved with another adapter configuration (differs in {', '.join(changed)})")
-    tensors = _merge(path, manifest, record.config)
+    tensors = merged_tensors(path, manifest, record.config)
     _match({name: value.shape for name, value in adapter_tensors(model).items()}, tensors, path)
     fill(model, tensors)
 
@@ -79,27 +80,6 @@ def fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copy adapter tensors into the layers of an adapted model."""
     for name, value in adapter_tensors(model).items():
         value.copy_(tensors[name])
-
-
-def _merge(folder: Path, manifest: Manifest, config: AdapterConfig) -> dict[str, Tensor]:
-    """All tensors by module path, the experts' halves stacked again."""
-    files = read_tensors(folder, manifest)
-    merged = dict(files.get(ROUTER_FILE, {}))
-    parts = [files.get(f"experts/{name}/adapter_model.safetensors", {}) for name in manifest.experts]
-    for name, part in zip(manifest.experts, parts, strict=True):
-        for key in sorted(parts[0].keys() ^ part.keys()):
-            has, lacks = (manifest.experts[0], name) if key in parts[0] else (name, manifest.experts[0])
-            raise AdapterError(f"{folder}/experts/{lacks}: no tensor {key}, which {has} has")
-        for key, value in part.items():
-            if value.shape != parts[0][key].shape:
-                raise AdapterError(
-                    f"{folder}/experts/{name}: tensor {key} is {tuple(value.shape)}, in {manifest.experts[0]} "
-                    f"{tuple(parts[0][key].shape)}"
-                )
-    for key in parts[0] if parts else ():
-        path, _, half = key.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".")
-        merged[f"{path}.experts.{half}"] = torch.cat([part[key] for part in parts], dim=0 if half == "lora_A" else 1)
-    return merged
 
 
 def _check_base(model: nn.Module, manifest: Manifest, config: AdapterConfig, folder: Path, force: bool) -> None:
@@ -125,11 +105,14 @@ def _check_shapes(
 ) -> None:
     sites = find_sites(model, config)
     expected: dict[str, torch.Size] = {}
+    seen: dict[int, Tensor] = {}  # kept alive, so that no id is given twice
     with torch.device("meta"):
-        for site in sites:
-            router, experts = build_site(config, methods, site)
+        for site, router, experts in build_sites(config, methods, sites):
             for part, module in (("router", router), ("experts", experts)):
-                expected.update({f"{site.name}.{part}.{k}": v.shape for k, v in module.state_dict().items()})
+                for key, value in module.state_dict(keep_vars=True).items():
+                    if id(value) not in seen:
+                        seen[id(value)] = value
+                        expected[f"{site.name}.{part}.{key}"] = value.shape
     for path in find_saved(model, config.modules_to_save):
         expected.update({f"{path}.trained.{k}": v.shape for k, v in model.get_submodule(path).state_dict().items()})
     _match(expected, tensors, folder)

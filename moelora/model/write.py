@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ from transformers.pytorch_utils import Conv1D
 from moelora import __version__
 from moelora.core.errors import AdapterError, OutputError
 from moelora.io.folder import MANIFEST, write_folder
+from moelora.model.adapters import PEFT_PREFIX, ROUTER_FILE
 from moelora.model.config import AdapterConfig
+from moelora.model.layer import RoutedLinear
 from moelora.model.record import Adaptation, adaptation, routed_layers
 from moelora.model.saved import saved_modules
-
-ROUTER_FILE = "router.safetensors"
-PEFT_PREFIX = "base_model.model."
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -43,12 +41,12 @@ def write(model: nn.Module, folder: Path, state_dict: dict[str, Tensor] | None =
         conv1d = conv1d or isinstance(layer.base_layer, Conv1D)
         start = f"{prefix}."
         own = {name.removeprefix(start): rest.pop(name) for name in list(rest) if name.startswith(start)}
-        if _is_lora(own):
-            for index, tensors in enumerate(experts.values()):
+        if _is_lora(layer):
+            for index, tensors in enumerate(list(experts.values())[: layer.experts.num_experts]):
                 rows = slice(index * layer.experts.r, (index + 1) * layer.experts.r)
                 tensors[f"{PEFT_PREFIX}{prefix}.lora_A.weight"] = own["experts.lora_A"][rows]
                 tensors[f"{PEFT_PREFIX}{prefix}.lora_B.weight"] = own["experts.lora_B"][:, rows]
-            own = {key: value for key, value in own.items() if not key.startswith("experts.")}
+            own = {key: value for key, value in own.items() if key not in ("experts.lora_A", "experts.lora_B")}
             alpha[prefix] = float(layer.experts.scale[0]) * layer.experts.r
         rest.update({f"{prefix}.{key}": value for key, value in own.items()})
 
@@ -57,7 +55,7 @@ def write(model: nn.Module, folder: Path, state_dict: dict[str, Tensor] | None =
     for name, tensors in experts.items():
         if tensors:
             files[f"experts/{name}/adapter_model.safetensors"] = {k: v.detach().cpu() for k, v in tensors.items()}
-            files[f"experts/{name}/adapter_config.json"] = _peft_config(record, model, alpha, conv1d)
+            files[f"experts/{name}/adapter_config.json"] = _peft_config(record, model, list(tensors), alpha, conv1d)
     config = getattr(model, "config", None)
     write_folder(
         folder,
@@ -80,19 +78,25 @@ def write(model: nn.Module, folder: Path, state_dict: dict[str, Tensor] | None =
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All that an adapter saves, by name in the adapted model: parameters and persistent buffers but the base's."""
-    found = {}
+    """All that an adapter saves, by name in the adapted model: parameters and persistent buffers but the base's.
+
+    What several layers share goes by the name it has in the first of them.
+    """
+    found, seen = {}, set()
     for layer in routed_layers(model):
         for key, value in layer.state_dict(keep_vars=True).items():
-            if not key.startswith("base_layer."):
+            if not key.startswith("base_layer.") and id(value) not in seen:
+                seen.add(id(value))
                 found[f"{layer.site.name}.{key}"] = value
     for path, module in saved_modules(model).items():
         found.update({f"{path}.trained.{key}": value for key, value in module.state_dict(keep_vars=True).items()})
     return found
 
 
-def _is_lora(own: Iterable[str]) -> bool:
-    return {key for key in own if key.startswith("experts.")} == {"experts.lora_A", "experts.lora_B"}
+def _is_lora(layer: RoutedLinear) -> bool:
+    """Whether every expert of the layer is a LoRA of its own."""
+    names = {name for name, _ in layer.experts.named_parameters()}
+    return names == {"lora_A", "lora_B"} and "own_A" in layer.experts.gives
 
 
 def _find(state: dict[str, Tensor], key: str) -> Tensor:
@@ -103,18 +107,18 @@ def _find(state: dict[str, Tensor], key: str) -> Tensor:
 
 
 def _expert_names(config: AdapterConfig) -> list[str]:
-    width = len(str(config.experts.num_experts - 1))
-    return [f"expert_{index:0{width}d}" for index in range(config.experts.num_experts)]
+    width = len(str(config.experts.most - 1))
+    return [f"expert_{index:0{width}d}" for index in range(config.experts.most)]
 
 
-def _peft_config(record: Adaptation, model: nn.Module, alpha: dict[str, float], conv1d: bool) -> str:
+def _peft_config(record: Adaptation, model: nn.Module, keys: list[str], alpha: dict[str, float], conv1d: bool) -> str:
     values = sorted(set(alpha.values()))
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
         "r": record.config.experts.r,
         "lora_alpha": values[0],
-        "target_modules": [site.name for site in record.sites],
+        "target_modules": [s.name for s in record.sites if f"{PEFT_PREFIX}{s.name}.lora_A.weight" in keys],
         "lora_dropout": record.config.experts.lora_dropout,
         "fan_in_fan_out": conv1d,
         "bias": "none",
@@ -136,7 +140,7 @@ tags: [lora, mixture-of-experts, moelora]
 
 # A mixture of LoRA experts for `{base}`
 
-{experts.num_experts} x {experts.name} experts of rank {experts.r}, router `{name}`{f" ({options})" if options else ""},
+{experts.most} x {experts.name} experts of rank {experts.r}, router `{name}`{f" ({options})" if options else ""},
 {len(record.sites)} adapted layers.
 
 ```python

@@ -13,7 +13,7 @@ and mix is one of
     core    (C = R)      u[t] = sum_q g[t, q] core[q] h[t]
 
 All gates are computed densely: ranks are few, and two plain matrix products beat any gather until R is large.
-Half precision is computed in float32 on CPU, where half-precision products are slow and coarse; elsewhere products run
+Without A, x is h already. Half precision is computed in float32 on CPU, where half-precision products are slow and coarse; elsewhere products run
 in x's dtype with the gates applied in float32. Nothing of size [T, G, O] or [T, r, r] is ever made.
 """
 
@@ -31,7 +31,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if half and x.device.type == "cpu" else x.dtype
 
 
-def unit_count(A: Tensor, B: Tensor, core: Tensor | None, width: int) -> int:
+def unit_count(B: Tensor, core: Tensor | None, width: int) -> int:
     """G, from the shapes and the block width."""
     return core.shape[0] if core is not None else B.shape[1] // width
 
@@ -49,7 +49,7 @@ def mix(h: Tensor, gate: Tensor, core: Tensor | None, columns: int) -> Tensor:
 
 def forward(
     x: Tensor,
-    A: Tensor,
+    A: Tensor | None,
     B: Tensor,
     scale: Tensor,
     weight: Tensor,
@@ -57,19 +57,19 @@ def forward(
     core: Tensor | None,
     width: int,
 ) -> tuple[Tensor, Tensor]:
-    """(delta [T, O] in x's dtype, h [T, R] kept for backward)."""
+    """(delta [T, O] in x's dtype, h [T, R] kept for backward, empty without A)."""
     dtype = compute_dtype(x)
-    gate = dense_gates(weight, index, unit_count(A, B, core, width))
-    h = x.to(dtype) @ A.to(dtype).t()
+    gate = dense_gates(weight, index, unit_count(B, core, width))
+    h = x.to(dtype) if A is None else x.to(dtype) @ A.to(dtype).t()
     wide = torch.promote_types(dtype, torch.float32)
     u = mix(h.to(wide), gate.to(wide), None if core is None else core.to(wide), B.shape[1]) * scale.to(wide)
-    return (u.to(dtype) @ B.to(dtype).t()).to(x.dtype), h
+    return (u.to(dtype) @ B.to(dtype).t()).to(x.dtype), h.new_empty(0) if A is None else h
 
 
 def backward(
     dy: Tensor,
     x: Tensor,
-    A: Tensor,
+    A: Tensor | None,
     B: Tensor,
     scale: Tensor,
     weight: Tensor,
@@ -86,8 +86,8 @@ def backward(
     need_x, need_A, need_B, need_weight, need_core = need
     dtype = compute_dtype(x)
     wide = torch.promote_types(dtype, torch.float32)
-    gate = dense_gates(weight, index, unit_count(A, B, core, width)).to(wide)
-    dy, h, scale = dy.to(dtype), h.to(wide), scale.to(wide)
+    gate = dense_gates(weight, index, unit_count(B, core, width)).to(wide)
+    dy, h, scale = dy.to(dtype), (x if A is None else h).to(wide), scale.to(wide)
     wide_core = None if core is None else core.to(wide)
     dx, dA, dB, dweight, dcore = (x.new_empty(0) for _ in need)
 
@@ -115,6 +115,8 @@ def backward(
     if need_weight:
         dweight = (dgate if index is None else dgate.gather(1, index)).to(weight.dtype)
     dh = dh.to(dtype)
+    if A is None:
+        return dh.to(x.dtype) if need_x else dx, dA, dB, dweight, dcore
     if need_A:
         dA = (dh.t() @ x.to(dtype)).to(A.dtype)
     if need_x:

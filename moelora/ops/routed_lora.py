@@ -6,20 +6,21 @@ Backward is an operator too, so that a compiler sees two opaque calls and a back
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moelora.core.factors import Factors
-from moelora.core.route import Route
+from moelora.core.route import Route, dense_gates
 from moelora.ops import reference
 
 
 @torch.library.custom_op("moelora::routed_lora", mutates_args=())
 def routed_lora(
     x: Tensor,
-    A: Tensor,
+    A: Tensor | None,
     B: Tensor,
     scale: Tensor,
     weight: Tensor,
@@ -27,14 +28,17 @@ def routed_lora(
     core: Tensor | None,
     width: int,
 ) -> tuple[Tensor, Tensor]:
-    """(delta [T, O], h [T, R]); see ``moelora.ops.reference`` for the mathematics and the shapes."""
+    """(delta [T, O], h [T, R]); see ``moelora.ops.reference`` for the mathematics and the shapes.
+
+    Without A, x [T, R] is h itself, and the h given back is empty.
+    """
     return reference.forward(x, A, B, scale, weight, index, core, width)
 
 
 @routed_lora.register_fake
 def _(
     x: Tensor,
-    A: Tensor,
+    A: Tensor | None,
     B: Tensor,
     scale: Tensor,
     weight: Tensor,
@@ -42,7 +46,8 @@ def _(
     core: Tensor | None,
     width: int,
 ) -> tuple[Tensor, Tensor]:
-    h = x.new_empty(x.shape[0], A.shape[0], dtype=reference.compute_dtype(x))
+    shape = (0,) if A is None else (x.shape[0], A.shape[0])
+    h = x.new_empty(shape, dtype=reference.compute_dtype(x))
     return x.new_empty(x.shape[0], B.shape[0]), h
 
 
@@ -50,7 +55,7 @@ def _(
 def routed_lora_backward(
     dy: Tensor,
     x: Tensor,
-    A: Tensor,
+    A: Tensor | None,
     B: Tensor,
     scale: Tensor,
     weight: Tensor,
@@ -68,7 +73,7 @@ def routed_lora_backward(
 def _(
     dy: Tensor,
     x: Tensor,
-    A: Tensor,
+    A: Tensor | None,
     B: Tensor,
     scale: Tensor,
     weight: Tensor,
@@ -94,7 +99,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, A, B, scale, weight, index, core, h = ctx.saved_tensors
     wanted = ctx.needs_input_grad
-    need = [wanted[0], wanted[1], wanted[2], wanted[4], wanted[6]]
+    need = [wanted[0], wanted[1] and A is not None, wanted[2], wanted[4], wanted[6]]
     grads = routed_lora_backward(dy.contiguous(), x, A, B, scale, weight, index, core, h, ctx.width, need)
     dx, dA, dB, dweight, dcore = (grad if asked else None for grad, asked in zip(grads, need, strict=True))
     return dx, dA, dB, None, dweight, None, dcore, None
@@ -103,7 +108,33 @@ def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ..
 routed_lora.register_autograd(_backward, setup_context=_setup_context)
 
 
+def down(x: Tensor, A: Tensor) -> Tensor:
+    """h = x A^T [T, R] in the operator's dtype, for routers that read it; then ``apply`` to it without A."""
+    dtype = reference.compute_dtype(x)
+    return x.to(dtype) @ A.to(dtype).t()
+
+
 def apply(x: Tensor, factors: Factors, route: Route) -> Tensor:
     """The update [T, O] of tokens x [T, D], in x's dtype."""
     width = factors.B.shape[1] // route.units
     return routed_lora(x, factors.A, factors.B, factors.scale, route.weight, route.index, factors.core, width)[0]
+
+
+def apply_each(x: Tensor, factors: Factors, route: Route) -> Tensor:
+    """The update of every chosen unit apart, without its gate: [T, k, O] from tokens x [T, D]. Blocks only."""
+    assert factors.A is not None and route.index is not None
+    tokens, k = route.index.shape
+    h = down(x, factors.A).repeat_interleave(k, 0)
+    alone = Route(torch.ones_like(route.weight).reshape(-1, 1), route.units, route.index.reshape(-1, 1))
+    return apply(h, replace(factors, A=None), alone).view(tokens, k, -1)
+
+
+def apply_sum(x: Tensor, factors: Factors, route: Route) -> Tensor:
+    """The update [T, O] of x [T, k, D], row j of a token seen by its j-th chosen unit alone. Blocks only."""
+    assert factors.A is not None and route.index is not None
+    tokens, k, _ = x.shape
+    h = down(x.flatten(0, 1), factors.A)
+    gate = dense_gates(route.weight.reshape(-1, 1), route.index.reshape(-1, 1), route.units)
+    u = (h.unflatten(1, (route.units, -1)) * gate.unsqueeze(-1)).view(tokens, k, -1).sum(1)
+    everything = Route(torch.ones_like(route.weight[:, :1]).expand(-1, route.units), route.units)
+    return apply(u.to(h.dtype), replace(factors, A=None), everything)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from moelora.core.errors import ConfigError, DataError
+from moelora.core.factors import Factors
 from moelora.core.module import ExactBuffers
 from moelora.core.route import Route
 from moelora.core.tape import Site, View
@@ -20,17 +22,30 @@ class Router(ExactBuffers, ABC):
     Subclasses take ``(site, num_experts, r)`` first and pass them on; recipe keys follow as keyword-only arguments.
     What a subclass may state about itself:
 
-    reads: ``"x"``, the projection's input, or ``"dropped"``, the same after the experts' dropout.
+    reads: what ``forward`` gets as x. ``"x"``: the projection's input [T, D]. ``"dropped"``: the same after the experts'
+        dropout. ``"h"``: its image in rank space, A x [T, R]. ``"hidden"``: as ``"x"``, and the last hidden state of the
+        model without experts is handed to ``plan`` first.
     gives: the optional fields of ``Route`` it fills, which losses may need.
+    needs: what it needs of the experts, see ``Experts.gives``.
+    remembers: it keeps something of earlier tokens (``view.keep``), so a cache must carry that.
+    around: ``"ffn"``: it routes whole feed-forward blocks; the layers of one share its choice.
     scale_rank: the rank that divides lora_alpha; the expert's rank r unless said otherwise.
     """
 
-    reads: ClassVar[Literal["x", "dropped"]] = "x"
+    reads: Literal["x", "dropped", "h", "hidden"] = "x"
     gives: ClassVar[tuple[str, ...]] = ()
+    needs: tuple[str, ...] = ()
+    remembers: ClassVar[bool] = False
+    around: ClassVar[Literal["linear", "ffn"]] = "linear"
 
     def __init__(self, site: Site, num_experts: int, r: int) -> None:
         super().__init__()
         self.site, self.num_experts, self.r = site, num_experts, r
+
+    @classmethod
+    def group(cls, site: Site, options: dict[str, Any]) -> str | None:
+        """Sites of equal group have one router between them; None is a router of one's own."""
+        return None
 
     @property
     def scale_rank(self) -> int:
@@ -38,7 +53,17 @@ class Router(ExactBuffers, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, view: View) -> Route:
-        """The route of tokens x [T, D]."""
+        """The route of tokens x."""
+
+    def plan(self, hidden: Tensor) -> Tensor:
+        """``view.plan`` [B, S, L, E] for all sites, from the last hidden state [B, S, d] of the model without experts.
+
+        Called once per forward for each router whose ``reads`` is ``"hidden"``, with gradients.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads hidden states and does not say what it makes of them")
+
+    def prepare(self, factors: Factors) -> None:
+        """Called once when the experts have their first values, before any training."""
 
     def after_step(self, load: Tensor) -> None:
         """Called once per optimiser step with the load [G] that ``view.count`` recorded since the last one, summed
@@ -54,3 +79,20 @@ def linear_scores(weight: Tensor, x: Tensor) -> Tensor:
 def reset_linear(weight: Tensor) -> None:
     """The default of ``torch.nn.Linear``: uniform in +-1/sqrt(D)."""
     nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+
+
+def check_top_k(name: str, top_k: int | None, num_experts: int) -> None:
+    """Raise ConfigError when more experts are asked for than there are."""
+    if top_k is not None and top_k > num_experts:
+        raise ConfigError(f"routers.{name}: top_k {top_k} is more than the {num_experts} experts (num_experts)")
+
+
+def tasks_of(view: View, name: str) -> Tensor:
+    """[T] task ids, -1 where unknown. Raises DataError when the batch has none."""
+    if view.task is None:
+        raise DataError(
+            f"routers.{name} routes by task, and '{view.site.name}' was given none; pass task_ids=[B] or [B, S] to the "
+            "model or to generate (moelora.MoeLoraTrainer does, from the data's task column; transformers.Trainer "
+            "drops them unless remove_unused_columns=False)"
+        )
+    return view.task

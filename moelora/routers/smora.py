@@ -40,6 +40,7 @@ class SMoRA(Router):
 
     reads = "dropped"
     gives = ("logits", "probs")
+    needs = ("own_A",)
     bias: Tensor
 
     def __init__(

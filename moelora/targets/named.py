@@ -19,12 +19,10 @@ from transformers.pytorch_utils import Conv1D
 from moelora.core.errors import TargetError
 from moelora.core.tape import Site
 from moelora.core.validate import nearest
+from moelora.targets.base import block_of, describe
 
 SUPPORTED = (nn.Linear, Conv1D)
 _CLASSIFIERS = ("score", "classifier")  # heads that PEFT leaves out of all-linear too
-_CROSS = re.compile(
-    r"(EncDecAttention|encoder_attn|crossattention|cross_attn|encoder_decoder_attention)\.(self\.)?(k|v)"
-)
 
 
 def select(
@@ -46,7 +44,7 @@ def select(
         names = [name for name in names if not _matches(name, exclude_modules)]
     if layers_to_transform is not None:
         wanted = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
-        names = [name for name in names if _block(name, layers_pattern) in wanted]
+        names = [name for name in names if block_of(name, layers_pattern) in wanted]
     if not names:
         raise TargetError(
             f"target_modules {target_modules!r} with exclude_modules {exclude_modules!r} and layers_to_transform "
@@ -57,7 +55,7 @@ def select(
         reason = "the output head, whose weight trainers read directly" if name in heads else _refusal(modules[name])
         if reason is not None:
             raise TargetError(f"target_modules {target_modules!r}: '{name}' is {reason}; supported: Linear, Conv1D")
-    return [_site(model, modules[name], name, index) for index, name in enumerate(names)]
+    return describe(model, names, layers_pattern)
 
 
 def _matches(name: str, rule: list[str] | str) -> bool:
@@ -94,27 +92,3 @@ def _output_head(model: nn.Module) -> list[str]:
     get = getattr(model, "get_output_embeddings", None)
     output = get() if get is not None else None
     return [] if output is None else [name for name, module in model.named_modules() if module is output]
-
-
-def _block(name: str, pattern: list[str] | str | None) -> int | None:
-    """The first number in a layer's path (a later one may count experts)."""
-    patterns = [pattern] if isinstance(pattern, str) else pattern or [r"[^.]*"]
-    found = (re.match(rf"(?:^|.*?\.){part}\.(\d+)\.", name) for part in patterns)
-    return next((int(match.group(1)) for match in found if match), None)
-
-
-def _site(model: nn.Module, module: nn.Module, name: str, index: int) -> Site:
-    if isinstance(module, Conv1D):
-        in_features, out_features = module.weight.shape[0], module.nf
-    else:
-        in_features, out_features = module.in_features, module.out_features
-    return Site(name, index, int(in_features), int(out_features), _stream(model, name))
-
-
-def _stream(model: nn.Module, name: str) -> str:
-    """Decoder layers of an encoder-decoder read decoder tokens, except keys and values of its cross-attention."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return "input"
-    encoder = model.get_encoder()  # type: ignore[operator]
-    inside = any(name.startswith(f"{path}.") for path, module in model.named_modules() if module is encoder)
-    return "input" if inside or _CROSS.search(name) else "decoder"

@@ -203,7 +203,7 @@ def _checkpoint(out: Path, resume: bool) -> str | None:
 
 def _check_tasks(model: PreTrainedModel, tasks: list[Task]) -> None:
     record = adaptation(model)
-    experts = record.config.experts.num_experts
+    experts = record.config.experts.most
     for name, loss in record.losses.items():
         if loss.expert_per_task and len(tasks) > experts:
             raise ConfigError(

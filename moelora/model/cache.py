@@ -1,0 +1,123 @@
+"""What must travel with a key-value cache beside the model's own: the twin of a first pass, and routers' memory.
+
+A companion rides in the cache as one more layer, so whatever is done to the cache (beams reordered, rows selected or
+repeated, tokens cropped, everything reset or copied) is done to it too, and an operation it does not know fails aloud.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    EncoderDecoderCache,
+    LinearAttentionCacheLayerMixin,
+)
+
+from moelora.core.errors import MoeloraError
+
+NAMES = ("past_key_values", "cache_params")
+"""What models call their cache, as argument and as output."""
+
+
+class Companion(DummyLayer):
+    """A layer that holds no keys of the model itself.
+
+    twin: the cache of the pass without experts, or None. memory: [B, ...] per site, see ``View.keep``.
+    """
+
+    is_compileable = False
+
+    def __init__(self, twin: Cache | None = None) -> None:
+        super().__init__()
+        self.twin, self.memory = twin, dict[int, Tensor]()
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return not self.memory and (self.twin is None or self.twin.is_croppable)
+
+    def reset(self) -> None:
+        self.memory.clear()
+        if self.twin is not None:
+            self.twin.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.memory and tokens_to_remove:
+            raise MoeloraError(
+                "this router keeps a running mean over the sequence, which cannot forget tokens: assisted and "
+                "speculative decoding are not possible with it; generate without an assistant"
+            )
+        if self.twin is not None:
+            self.twin.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._each_row(lambda value: value.index_select(0, beam_idx.to(value.device)))
+        if self.twin is not None:
+            self.twin.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each_row(lambda value: value.repeat_interleave(repeats, 0))
+        if self.twin is not None:
+            self.twin.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._each_row(lambda value: value[indices])
+        if self.twin is not None:
+            self.twin.batch_select_indices(indices)
+
+    def activate_past_recording(self) -> None:
+        if self.twin is not None:
+            self.twin.activate_past_recording()
+
+    def _each_row(self, change: Any) -> None:
+        self.memory = {site: change(value) for site, value in self.memory.items()}
+
+
+def companion_of(given: dict[str, Any]) -> Companion:
+    """The companion of the cache among a forward's arguments, a new one where the cache is new or not there yet.
+
+    Raises MoeloraError for a cache that was filled without one: by the base model, or by another adapter.
+    """
+    cache = next((given[name] for name in NAMES if given.get(name) is not None), None)
+    if cache is None:
+        return Companion()
+    cache = _own(cache)
+    for layer in cache.layers:
+        if isinstance(layer, Companion):
+            return layer
+    if not all(_is_empty(layer) for layer in cache.layers):
+        raise MoeloraError(
+            "this cache was filled by a model without this router (the base model, or another adapter), so what the "
+            "router needs of the earlier tokens is not in it; pass the whole text and a new cache"
+        )
+    twin = copy.copy(cache)
+    twin.layers = copy.deepcopy(cache.layers)
+    return Companion(twin)
+
+
+def accompany(out: Any, given: dict[str, Any], companion: Companion) -> None:
+    """Put the companion into the cache that a forward gives back, if any."""
+    made = [getattr(out, name, None) for name in NAMES] + [given.get(name) for name in NAMES]
+    if isinstance(out, tuple):
+        made += [value for value in out if isinstance(value, Cache)]
+    cache = next((value for value in made if value is not None), None)
+    if cache is not None and companion not in _own(cache).layers:
+        _own(cache).layers.append(companion)
+
+
+def _own(cache: Any) -> Any:
+    """The part of a cache that grows with the tokens of the model's own stream."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def _is_empty(layer: Any) -> bool:
+    attends = isinstance(layer, CacheLayerMixin) and int(layer.get_seq_length()) > 0
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        states: Any = layer.has_previous_state
+        attends = attends or (any(states.values()) if isinstance(states, dict) else bool(states))
+    return not attends

@@ -1,0 +1,52 @@
+"""What is known of an adapted layer before anything is built: its ``Site``."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from moelora.core.tape import Site
+
+_CROSS = re.compile(
+    r"(EncDecAttention|encoder_attn|crossattention|cross_attn|encoder_decoder_attention)\.(self\.)?(k|v)"
+)
+
+
+def describe(model: nn.Module, names: list[str], layers_pattern: list[str] | str | None = None) -> list[Site]:
+    """A site for each of the named layers (Linear or Conv1D), in their order."""
+    numbers = [block_of(name, layers_pattern) for name, _ in model.named_modules() if name]
+    blocks = 1 + max((number for number in numbers if number is not None), default=-1)
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    hidden_size = getattr(text, "hidden_size", None)
+    sites = []
+    for index, name in enumerate(names):
+        module: Any = model.get_submodule(name)
+        wide, out = (
+            (module.weight.shape[0], module.nf)
+            if isinstance(module, Conv1D)
+            else (module.in_features, module.out_features)
+        )
+        block = block_of(name, layers_pattern)
+        stream = _stream(model, name)
+        sites.append(Site(name, index, int(wide), int(out), stream, len(names), block, blocks, hidden_size))
+    return sites
+
+
+def block_of(name: str, pattern: list[str] | str | None) -> int | None:
+    """The first number in a layer's path (a later one may count experts)."""
+    patterns = [pattern] if isinstance(pattern, str) else pattern or [r"[^.]*"]
+    found = (re.match(rf"(?:^|.*?\.){part}\.(\d+)\.", name) for part in patterns)
+    return next((int(match.group(1)) for match in found if match), None)
+
+
+def _stream(model: nn.Module, name: str) -> str:
+    """Decoder layers of an encoder-decoder read decoder tokens, except keys and values of its cross-attention."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "input"
+    encoder = model.get_encoder()  # type: ignore[operator]
+    inside = any(name.startswith(f"{path}.") for path, module in model.named_modules() if module is encoder)
+    return "input" if inside or _CROSS.search(name) else "decoder"
