@@ -11,8 +11,8 @@ PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c co
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 14
 
-quickstart: .venv/.installed  ## Train, evaluate and save a small mixture on the CPU; QUICKSTART_ARGS="--steps 20"
-	.venv/bin/python recipes/quickstart.py --out out/quickstart $(QUICKSTART_ARGS)
+quickstart: .venv/.installed  ## Train, evaluate and save small mixtures on the CPU; ROUTER=comol, QUICKSTART_ARGS="--steps 20"
+	.venv/bin/python recipes/quickstart.py --out out/quickstart $(if $(ROUTER),--router $(ROUTER)) $(QUICKSTART_ARGS)
 
 test: .venv/.installed  ## Run the tests; PYTEST_ARGS="tests/routers -k meteora"
 	.venv/bin/python -m pytest $(PYTEST_ARGS)

@@ -71,6 +71,8 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = (), plugins: Iterab
         raise ConfigError(f"{file}: not YAML: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected a mapping of keys to values, found {type(content).__name__}")
+    if "recipes" in content:
+        raise ConfigError(f"{file}: a comparison of several recipes; run `moelora ablate {path}`")
     for override in overrides:
         _set(content, override)
     content.setdefault("training", {})

@@ -62,6 +62,24 @@ def train(
 
 
 @app.command()
+def ablate(
+    comparison: Annotated[str, typer.Argument(help="A file that lists recipes, or the name of a shipped one.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for all runs; out/<file name> if not given.")] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Train several recipes and compare them in one table, summary.json and report.html."""
+    with _readable_errors():
+        from moelora.cli.show import comparison_table
+        from moelora.train.compare import compare, read_comparison
+
+        folder = out or Path("out") / Path(comparison).stem
+        variants = compare(read_comparison(comparison), folder, overrides or [], plugin or [])
+        comparison_table(variants)
+        print(f"{folder}/report.html shows the same with pictures; {folder}/summary.json holds the numbers")
+
+
+@app.command()
 def eval(
     folder: Annotated[Path, typer.Argument(help="A folder written by `moelora train`.")],
     overrides: Overrides = None,
@@ -91,13 +109,14 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+    task: Annotated[str | None, typer.Option(help="The recipe's task it belongs to, for routers by task.")] = None,
     plugin: Plugins = None,
 ) -> None:
     """Answer one prompt, or chat (an empty line ends it)."""
     with _readable_errors():
         from moelora.train.use import Chat
 
-        chat = Chat(folder, base, plugin or [], max_new_tokens, temperature, seed)
+        chat = Chat(folder, base, plugin or [], max_new_tokens, temperature, seed, task)
         if prompt is not None:
             print(chat.answer(prompt))
             return
@@ -110,11 +129,11 @@ def generate(
 def recipes_ls() -> None:
     """List shipped recipes."""
     with _readable_errors():
+        from moelora.cli.catalogue import first_line
         from moelora.recipe import shipped_recipes
 
         for name, path in shipped_recipes().items():
-            first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-            print(f"{name:24} {first}")
+            print(f"{name:24} {first_line(path)}")
 
 
 @recipes_app.command("cp")
@@ -139,13 +158,18 @@ def recipes_cp(
 @app.command()
 def methods(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/methods.md.")] = False,
     plugin: Plugins = None,
 ) -> None:
     """List every method on every axis: what it is, its paper, its file and its recipe line."""
     with _readable_errors():
+        from moelora.cli.catalogue import methods_page
         from moelora.cli.show import methods_table
 
-        methods_table(plugin or [], json)
+        if markdown:
+            print(methods_page(), end="")
+        else:
+            methods_table(plugin or [], json)
 
 
 def _ask() -> str:

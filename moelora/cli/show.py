@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import textwrap
@@ -13,7 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moelora.core.methods import AXES, Methods
+from moelora.cli.catalogue import catalogue
+from moelora.core.methods import AXES
 
 
 def task_table(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
@@ -33,38 +33,23 @@ def task_table(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
     print("accuracy of whole answers (~: of single tokens), and the loss")
 
 
+def comparison_table(variants: Mapping[str, Mapping[str, Any]]) -> None:
+    """``task_table`` of several runs, with their size and training time."""
+    print()
+    task_table({name: run["tasks"] for name, run in variants.items()})
+    table = Table("run", "trainable parameters", "training time")
+    for name, run in variants.items():
+        if run["trainable_parameters"]:
+            table.add_row(name, f"{run['trainable_parameters']:,}", f"{run['seconds']:.1f} s")
+    Console().print(table)
+
+
 def _cell(values: Mapping[str, Any] | None) -> str:
     if values is None:
         return ""
     exact = values.get("accuracy")
     share = f"{100 * exact:.1f} %" if exact is not None else f"~{100 * values['token_accuracy']:.1f} %"
     return f"{share} ({values['loss']:.3f})"
-
-
-def catalogue(plugins: Iterable[Path] = ()) -> list[dict[str, str]]:
-    """One entry per method: axis, name, summary, paper, file, recipe line, options; read from the method's own file."""
-    known = Methods(plugins)
-    found = []
-    for axis in AXES:
-        for name in known.names(axis):
-            cls = known.find(axis, name)
-            doc = inspect.getdoc(inspect.getmodule(cls)) or ""
-            source = inspect.getsourcefile(cls) or ""
-            found.append(
-                {
-                    "axis": axis,
-                    "name": name,
-                    "summary": doc.split("\n\n")[0].replace("\n", " "),
-                    "paper": _line(r"(?:Paper|Source): (.+?)(?:\n\n|\. Recipe line|\Z)", doc),
-                    "recipe": _line(r"Recipe line: (.+?)(?:\n\n|\Z)", doc),
-                    "file": f"{axis}/{Path(source).name}" if Path(source).parent.name == axis else source,
-                    "options": ", ".join(
-                        key if option.default is option.empty else f"{key}={option.default}"
-                        for key, option in known.options(axis, name).items()
-                    ),
-                }
-            )
-    return found
 
 
 def methods_table(plugins: Iterable[Path], as_json: bool) -> None:
@@ -83,8 +68,3 @@ def methods_table(plugins: Iterable[Path], as_json: bool) -> None:
                 for line in textwrap.wrap(text, max(40, console.width - 20)):
                     console.print(f"  {label:18}{line}", markup=False, style=None if label else "dim")
                     label = ""
-
-
-def _line(pattern: str, doc: str) -> str:
-    found = re.search(pattern, doc, re.DOTALL)
-    return " ".join(found.group(1).split()) if found else ""

@@ -51,6 +51,11 @@ def load_tasks(config: DataConfig) -> list[Task]:
     return [_load_task(name, task, index, config) for index, (name, task) in enumerate(named.items())]
 
 
+def task_names(config: DataConfig) -> list[str]:
+    """The names of a recipe's tasks; a name's position is the task's id. Raises DataError."""
+    return list(_task_configs(config))
+
+
 def _task_configs(config: DataConfig) -> dict[str, TaskConfig]:
     named: dict[str, TaskConfig] = {}
     if config.builtin:

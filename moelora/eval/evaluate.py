@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from moelora.data.prompts import Prompt, render_prompt
+from moelora.model.routed import RoutedModel
 
 
 @dataclass
@@ -67,11 +68,13 @@ def complete(
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     batch_size: int = 64,
+    task_id: int | None = None,
     **generation: Any,
 ) -> list[str]:
     """Generated completions of prompts (strings or messages), greedy unless ``generation`` says otherwise.
 
-    Prompts are sorted by length and padded on the left; the model's mode is restored afterwards.
+    Prompts are sorted by length and padded on the left; the model's mode is restored afterwards. task_id: the task of
+    all prompts, for routers that route by it.
     """
     texts = [render_prompt(prompt, tokenizer) for prompt in prompts]
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -89,6 +92,8 @@ def complete(
             rows = order[start : start + batch_size]
             batch = tokenizer([texts[i] for i in rows], return_tensors="pt", padding=True, add_special_tokens=False)
             batch = {key: value.to(model.device) for key, value in batch.items() if key != "token_type_ids"}
+            if task_id is not None and isinstance(model, RoutedModel):
+                batch["task_ids"] = batch["input_ids"].new_full((len(rows),), task_id)
             out = model.generate(**batch, generation_config=config)
             new = out[:, batch["input_ids"].shape[1] :]
             for i, text in zip(rows, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
@@ -100,9 +105,13 @@ def complete(
 
 
 def exact_match(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], answers: Sequence[str]
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    answers: Sequence[str],
+    task_id: int | None = None,
 ) -> float:
-    """Share of prompts whose greedy completion equals the answer, surrounding space aside."""
+    """Share of prompts whose greedy completion equals the answer, surrounding space aside. task_id: as ``complete``."""
     longest = max((len(ids) for ids in tokenizer(list(answers), add_special_tokens=False)["input_ids"]), default=0)
-    given = complete(model, tokenizer, prompts, max_new_tokens=longest + 4)
+    given = complete(model, tokenizer, prompts, max_new_tokens=longest + 4, task_id=task_id)
     return sum(a.strip() == b.strip() for a, b in zip(given, answers, strict=True)) / max(1, len(answers))

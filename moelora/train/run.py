@@ -150,9 +150,8 @@ def build_trainer(
 def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Base model and tokenizer of a recipe. Raises ConfigError when neither disk nor hub has them."""
     name = recipe.base_model
-    source = str(Path(__file__).parents[1] / "assets" / "tiny") if name == TINY and not Path(name).exists() else name
+    source, options = base_source(recipe)
     dtype = "float32" if source != name and recipe.dtype == "auto" else recipe.dtype
-    options: dict[str, Any] = {"revision": recipe.revision} if source == name else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if recipe.attn_implementation is not None:
@@ -165,6 +164,14 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def base_source(recipe: Recipe) -> tuple[str, dict[str, Any]]:
+    """Where the base model of a recipe is read from, and the options for reading it."""
+    name = recipe.base_model
+    if name == TINY and not Path(name).exists():
+        return str(Path(__file__).parents[1] / "assets" / "tiny"), {}
+    return name, {"revision": recipe.revision}
 
 
 def task_metrics(metrics: dict[str, float], tasks: list[str], prefix: str = "eval") -> dict[str, dict[str, Any]]:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moelora.core.errors import DataError
+from moelora.core.errors import ConfigError, DataError
+from moelora.core.validate import nearest
+from moelora.data.config import DataConfig
 from moelora.data.formats import Message
-from moelora.data.load import load_tasks
+from moelora.data.load import load_tasks, task_names
 from moelora.data.prompts import plain, uses_chat
 from moelora.eval.evaluate import complete
 from moelora.io.folder import read_manifest
@@ -57,9 +59,13 @@ class Chat:
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         seed: int = 0,
+        task: str | None = None,
     ) -> None:
-        """temperature: 0 is greedy. Raises AdapterError or ConfigError."""
-        self.model, self.tokenizer, self.chat = _open(folder, base, plugins)
+        """temperature: 0 is greedy. task: name of the recipe's task that all turns belong to, for routers that route by
+        it. Raises AdapterError or ConfigError."""
+        self.model, self.tokenizer, data = _open(folder, base, plugins)
+        self.chat = uses_chat(self.tokenizer, data.chat_template)
+        self.task_id = None if task is None else _task_id(task, data, folder)
         self.turns: list[Message] = []
         self.max_new_tokens = max_new_tokens
         self.sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
@@ -69,15 +75,17 @@ class Chat:
         """The model's reply to ``line``."""
         self.turns.append({"role": "user", "content": line})
         prompt = list(self.turns) if self.chat else plain(self.turns)
-        [text] = complete(self.model, self.tokenizer, [prompt], self.max_new_tokens, **self.sampling)
+        [text] = complete(
+            self.model, self.tokenizer, [prompt], self.max_new_tokens, task_id=self.task_id, **self.sampling
+        )
         self.turns.append({"role": "assistant", "content": text.strip()})
         return text.strip()
 
 
 def _open(
     folder: Path, base: str | None, plugins: Iterable[str | Path]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
-    """Model, tokenizer and whether it speaks in chat messages; the recipe is read where there is one."""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, DataConfig]:
+    """Model, tokenizer and the recipe's data; without a recipe they are what the manifest and the defaults say."""
     manifest = read_manifest(folder)
     if (folder / RECIPE).is_file():
         recipe = read_recipe(folder / RECIPE, [f"base_model={base}"] if base else [], plugins)
@@ -86,4 +94,11 @@ def _open(
         recipe = check_recipe({"base_model": name, "revision": manifest.base.revision if base is None else None})
     model, tokenizer = load_base(recipe)
     load(model, folder, plugins=plugins)
-    return model.eval(), tokenizer, uses_chat(tokenizer, recipe.data.chat_template)
+    return model.eval(), tokenizer, recipe.data
+
+
+def _task_id(task: str, data: DataConfig, folder: Path) -> int:
+    names = task_names(data)
+    if task not in names:
+        raise ConfigError(f"{folder / RECIPE}: no task '{task}'{nearest(task, names)}")
+    return names.index(task)

@@ -26,7 +26,7 @@ def run(*arguments: str, code: int = 0, typed: str | None = None) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["eval"], ["generate"], ["methods"], ["recipes", "ls"], ["recipes", "cp"]]
+    "command", [[], ["train"], ["ablate"], ["eval"], ["generate"], ["methods"], ["recipes", "ls"], ["recipes", "cp"]]
 )
 def test_every_command_has_help(command: list[str]) -> None:
     assert "Usage:" in run(*command, "--help")
@@ -51,6 +51,23 @@ def test_train_eval_generate(tmp_path: Path) -> None:
     assert answer == run("generate", str(out), "reverse: 1 2 3", "--max-new-tokens", "4")
     chat = run("generate", str(out), "--max-new-tokens", "4", "--temperature", "0.7", typed="sort: 2 1\n\n")
     assert "an empty line ends it" in chat
+
+
+def test_a_model_routed_by_task_is_told_the_task(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    hard = ["adapter.router.routing=hard", "adapter.experts.num_experts=8", "adapter.losses={}"]
+    run("train", "lora_mixer", f"training.output_dir={out}", *hard, *FAST)
+    assert run("generate", str(out), "reverse: 1 2 3", "--task", "reverse", "--max-new-tokens", "4")
+    assert "routes by task" in run("generate", str(out), "reverse: 1 2 3", code=2)
+    assert "no task 'revers'; did you mean 'reverse'" in run("generate", str(out), "x", "--task", "revers", code=2)
+
+
+def test_ablate(tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text("recipes: [single, smora]\nevaluate_base: false\n", encoding="utf-8")
+    shown = run("ablate", str(tmp_path / "two.yaml"), "--out", str(tmp_path / "out"), *FAST)
+    assert all(word in shown for word in ("single", "smora", "trainable parameters", "reverse"))
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert list(json.loads((tmp_path / "out" / "summary.json").read_text())["variants"]) == ["single", "smora"]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +110,7 @@ def test_the_catalogue_is_complete() -> None:
     methods = Methods()
     assert [(entry["axis"], entry["name"]) for entry in entries] == [(a, n) for a in AXES for n in methods.names(a)]
     for entry in entries:
-        assert "arXiv" in entry["paper"], entry
+        assert "arXiv" in entry["paper"] or "aseline" in entry["paper"] + entry["summary"], entry
         assert entry["recipe"].startswith("`"), entry
         assert entry["file"] == f"{entry['axis']}/{entry['name']}.py"
         assert len(entry["summary"]) > 15
