@@ -22,9 +22,9 @@ class Router(ExactBuffers, ABC):
     Subclasses take ``(site, num_experts, r)`` first and pass them on; recipe keys follow as keyword-only arguments.
     What a subclass may state about itself:
 
-    reads: what ``forward`` gets as x. ``"x"``: the projection's input [T, D]. ``"dropped"``: the same after the experts'
-        dropout. ``"h"``: its image in rank space, A x [T, R]. ``"hidden"``: as ``"x"``, and the last hidden state of the
-        model without experts is handed to ``plan`` first.
+    reads: what ``forward`` gets as x. ``"x"``: the projection's input [T, D]. ``"dropped"``: the same after the
+        experts' dropout. ``"h"``: its image in rank space, A x [T, R]. ``"hidden"``: as ``"x"``, and the last hidden
+        state of the model without experts is handed to ``plan`` first.
     gives: the optional fields of ``Route`` it fills, which losses may need.
     needs: what it needs of the experts, see ``Experts.gives``.
     remembers: it keeps something of earlier tokens (``view.keep``), so a cache must carry that.
@@ -96,3 +96,50 @@ def tasks_of(view: View, name: str) -> Tensor:
             "drops them unless remove_unused_columns=False)"
         )
     return view.task
+
+
+def task_experts(view: View, name: str, num_experts: int) -> Tensor:
+    """[T, E] with a 1 where expert i meets a token of task i; tokens of no task (-1) have none. Raises DataError."""
+    task = tasks_of(view, name)
+    if task.device.type == "cpu" and (task >= num_experts).any():  # on a GPU this would wait for the device
+        raise DataError(
+            f"routers.{name}: task id {int(task.max())} at '{view.site.name}', but there are {num_experts} experts; "
+            "give the adapter at least as many experts as there are tasks"
+        )
+    return task.unsqueeze(1) == torch.arange(num_experts, device=task.device)
+
+
+def running_mean(values: Tensor, view: View, pool: Literal["prefix", "sequence"] = "prefix") -> Tensor:
+    """Mean [T, n] of values [T, n] over the tokens of the same sequence up to and with each; float32 at least.
+
+    pool: ``"sequence"`` takes later tokens in, too. Padding does not count, and where only padding came before the mean
+    is zero. Position 0 starts another sequence of a packed row. Tokens that are no [B, S] are a sequence each.
+    Sums and counts [B, n + 1] are kept in float64 for the tokens that follow in a cache. Raises ConfigError where
+    ``"sequence"`` cannot be: in a cache, or in the decoder of an encoder-decoder.
+    """
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    if len(view.shape) != 2:
+        return values
+    past, positions = view.past, view.tape.positions
+    if pool == "sequence" and (past is not None or view.site.stream == "decoder"):
+        raise ConfigError(
+            f"'{view.site.name}' routes by the mean of the whole sequence (pool: sequence), which changes with every "
+            "new token: it is for encoders and cannot decode with a cache; use pool: prefix"
+        )
+    exact = torch.float32 if values.device.type == "mps" else torch.float64  # sums of packed rows are subtracted
+    rows = values.unflatten(0, view.shape).to(exact)
+    valid = rows.new_ones(view.shape, dtype=torch.bool) if view.mask is None else view.mask.view(view.shape)
+    items = torch.cat([rows.masked_fill(~valid.unsqueeze(-1), 0), valid.unsqueeze(-1).to(exact)], -1)
+    kept = items.new_zeros(items.shape[0], items.shape[2]) if past is None else past
+    items = torch.cat([kept.unsqueeze(1), items], 1)  # it stands before the first token
+    sums = items.cumsum(1)
+    last = torch.full_like(sums[..., :1], sums.shape[1] - 1, dtype=torch.long)
+    if positions is not None and positions.shape in (view.shape, (1, view.shape[1])):
+        starts = nn.functional.pad(((positions == 0) & valid).long(), (1, 0)).cumsum(1)  # number of the sequence
+        before = nn.functional.pad(sums, (0, 0, 1, -1))
+        sums = sums - before.gather(1, torch.searchsorted(starts, starts).unsqueeze(-1).expand_as(sums))
+        last = torch.searchsorted(starts, starts, right=True).unsqueeze(-1) - 1
+    view.keep(sums[:, -1])
+    sums = sums if pool == "prefix" else sums.gather(1, last.expand_as(sums))
+    mean = sums[..., :-1] / sums[..., -1:].clamp(min=1)
+    return mean[:, 1:].flatten(0, 1).to(values.dtype)
