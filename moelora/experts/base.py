@@ -50,10 +50,7 @@ class Experts(ExactBuffers, ABC):
         form: ``"rank_space"``: decide reads h = A x, computed once for it and for the update. ``"each"``: the update of
         every chosen expert apart, [T, k, O], without its gate. ``"sum"``: x [T, k, D] holds one row per chosen expert.
         """
-        factors = self.factors()
-        if self.anchored:
-            pairs = ((parameter, getattr(self, f"anchor_{name}")) for name, parameter in self.named_parameters())
-            factors = replace(factors, anchors=tuple(pairs))
+        factors = self.anchored_factors()
         if form == "tokens":
             return routed_lora.apply(x, factors, decide(factors, None))
         if form != "rank_space":
@@ -62,6 +59,13 @@ class Experts(ExactBuffers, ABC):
         assert factors.A is not None
         h = routed_lora.down(x, factors.A)
         return routed_lora.apply(h, replace(factors, A=None), decide(factors, h))
+
+    def anchored_factors(self) -> Factors:
+        """``factors()``, with the anchors that losses may read."""
+        if not self.anchored:
+            return self.factors()
+        pairs = ((parameter, getattr(self, f"anchor_{name}")) for name, parameter in self.named_parameters())
+        return replace(self.factors(), anchors=tuple(pairs))
 
     def keep_anchors(self) -> None:
         """Room for a copy of every parameter as it was at the start, for losses that pull back to it."""

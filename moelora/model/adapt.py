@@ -19,6 +19,7 @@ from moelora.model.layer import RoutedLinear
 from moelora.model.record import Adaptation, main_process, routed_layers
 from moelora.model.routed import RoutedModel, replaying
 from moelora.model.saved import TrainedCopy, find_saved
+from moelora.routers.base import Router
 
 Base = TypeVar("Base", bound=nn.Module)
 
@@ -52,7 +53,8 @@ def attach(model: nn.Module, config: AdapterConfig, methods: Methods, initialise
         raise ConfigError("this model has experts already; start from a fresh base model")
     sites, saved = find_sites(model, config), find_saved(model, config.modules_to_save)
     losses = build_losses(config, methods)
-    record = Adaptation(config, methods, sites, losses, fingerprint(model, [site.name for site in sites]))
+    router_class: type[Router] = methods.find("routers", config.router["name"])
+    record = Adaptation(config, methods, sites, losses, router_class, fingerprint(model, [site.name for site in sites]))
     init = build_init(config, methods)
     checkpointed = {  # turned on before the experts came
         module: replaying(cast(Any, module)._gradient_checkpointing_func, record.port)
@@ -67,12 +69,14 @@ def attach(model: nn.Module, config: AdapterConfig, methods: Methods, initialise
         base_layer, kind = model.get_submodule(site.name), kinds.get(site.name, RoutedLinear)
         dtype = torch.float64 if weights[site.index].dtype == torch.float64 else torch.float32
         router, experts = router.to(dtype), experts.to(dtype)
+        if experts.anchored:
+            experts.keep_anchors()  # buffers stayed as they were: again, in the parameters' dtype
         if initialise:
             init(experts)
         layer = kind(base_layer, site, experts, router, losses, record.port, config.experts.lora_dropout)
         layers[site.name] = layer.train(base_layer.training)
     if initialise:
-        fill_from_adapters(layers, config)
+        fill_from_adapters(layers, config, record.fingerprint)
         for layer in layers.values():
             layer.experts.set_anchors()
             layer.router.prepare(layer.experts.factors())

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moelora.core.errors import AdapterError
-from moelora.io.folder import Manifest, read_manifest, read_tensors
+from moelora.experts.base import Experts
+from moelora.experts.core import joint_core_space
+from moelora.io.folder import Manifest, read_json, read_manifest, read_tensors
 from moelora.model.config import AdapterConfig
 from moelora.model.layer import RoutedLinear
+from moelora.model.record import main_process
 
 ROUTER_FILE = "router.safetensors"
 PEFT_PREFIX = "base_model.model."
@@ -42,32 +46,92 @@ def merged_tensors(folder: Path, manifest: Manifest, config: AdapterConfig) -> d
     return merged
 
 
+@dataclass(frozen=True)
+class TrainedLoRA:
+    """A [r, D], B [O, r] and scale of one expert at one site, and the folder it is from."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    folder: Path
+
+
 @torch.no_grad()
-def fill_from_adapters(layers: Mapping[str, RoutedLinear], config: AdapterConfig) -> None:
+def fill_from_adapters(layers: Mapping[str, RoutedLinear], config: AdapterConfig, fingerprint: str | None) -> None:
     """Give the layers the experts of ``config.experts.adapters``, folder after folder.
 
-    Raises AdapterError unless they are plain LoRA experts for just these layers, of this rank and scale, and as many.
+    fingerprint: that of the base model; another one in a folder is said in a warning.
+
+    Core experts take LoRAs of any rank and scale; a core space too small for all of them is said in a warning. Raises
+    AdapterError unless the folders hold plain LoRA experts for just these layers, as many, and, for LoRA experts, of
+    this rank and scale.
     """
     folders = [Path(folder) for folder in config.experts.adapters]
     if not folders:
         return
-    parts = [_experts_of(folder, config, layers) for folder in folders]
+    parts = [experts_of(folder, layers) for folder in folders]
+    others = [folder for folder in folders if read_manifest(folder).base.fingerprint not in (fingerprint, None)]
+    if others and fingerprint is not None and main_process():
+        warnings.warn(f"experts.adapters: {others[0]} was trained beside other weights than this model's", stacklevel=2)
+    errors: dict[str, float] = {}
     for path, layer in layers.items():
-        held = dict(layer.experts.named_parameters())
-        if held.keys() != {"lora_A", "lora_B"} or "own_A" not in layer.experts.gives:
+        loras = [lora for part in parts for lora in part[path]]
+        if len(loras) != layer.experts.num_experts:
+            raise AdapterError(
+                f"experts.adapters: {len(loras)} experts in {', '.join(map(str, folders))}, but num_experts is "
+                f"{layer.experts.num_experts} at '{path}'"
+            )
+        names = {name for name, _ in layer.experts.named_parameters()}
+        if names == {"lora_A", "lora_B"} and "own_A" in layer.experts.gives:
+            _stack(layer.experts, loras, config)
+        elif names == {"lora_A", "core", "lora_B"} and "core" in layer.experts.gives:
+            errors[path] = _project(layer.experts, loras)
+        else:
             raise AdapterError(f"experts.adapters: experts '{config.experts.name}' cannot start from LoRA adapters")
-        for half, axis in (("lora_A", 0), ("lora_B", 1)):
-            stacked = torch.cat([part[f"{path}.experts.{half}"] for part in parts], dim=axis)
-            if stacked.shape != held[half].shape:
-                found = stacked.shape[axis] // config.experts.r
-                raise AdapterError(
-                    f"experts.adapters: {found} experts in {', '.join(map(str, folders))}, but num_experts is "
-                    f"{layer.experts.num_experts} at '{path}'"
-                )
-            held[half].copy_(stacked)
+    worst = max(errors, key=errors.__getitem__, default="")
+    if errors.get(worst, 0) > 1e-6 and main_process():
+        ranks = sum(lora.A.shape[0] for part in parts for lora in part[worst])
+        warnings.warn(
+            f"experts.adapters: a core space of rank {config.experts.r} does not hold all of these LoRAs: at '{worst}' "
+            f"{100 * errors[worst]:.3g} % of them is lost (relative Frobenius norm, worst layer); r: {ranks} is exact",
+            stacklevel=2,
+        )
 
 
-def _experts_of(folder: Path, config: AdapterConfig, layers: Mapping[str, RoutedLinear]) -> dict[str, Tensor]:
+def _stack(experts: Experts, loras: list[TrainedLoRA], config: AdapterConfig) -> None:
+    own, r = float(experts.scale[0]), config.experts.r
+    for lora in loras:
+        rank = lora.A.shape[0]
+        if rank != r or abs(lora.scale - own) > 1e-6 * abs(own):
+            raise AdapterError(
+                f"{lora.folder}: rank {rank} and scale {lora.scale:g}, but r is {r} here and the scale (lora_alpha by "
+                f"rank) {own:g}; set experts.r and experts.lora_alpha to fit"
+            )
+    held = dict(experts.named_parameters())
+    held["lora_A"].copy_(torch.cat([lora.A for lora in loras]))
+    held["lora_B"].copy_(torch.cat([lora.B for lora in loras], dim=1))
+
+
+def _project(experts: Experts, loras: list[TrainedLoRA]) -> float:
+    """Put LoRAs into the core space of the experts, scales into the cores; gives the relative error.
+
+    Where the space has room left, A and the cores keep their random start there and B is zero, so nothing is added and
+    everything can learn.
+    """
+    held = dict(experts.named_parameters())
+    own = float(experts.scale[0])
+    scaled = [(lora.A, lora.B.double() * (lora.scale / own)) for lora in loras]
+    A, core, B, error = joint_core_space(scaled, held["lora_A"].shape[0])
+    into, out = A.shape[0], B.shape[1]
+    held["lora_A"][:into] = A.to(held["lora_A"])
+    held["lora_B"].zero_()[:, :out] = B.to(held["lora_B"])
+    held["core"][:, :out] = 0
+    held["core"][:, :out, :into] = core.to(held["core"])
+    return error
+
+
+def experts_of(folder: Path, layers: Mapping[str, RoutedLinear]) -> dict[str, list[TrainedLoRA]]:
+    """The experts of a folder at every site, in order."""
     manifest = read_manifest(folder)
     sites = {site.name for site in manifest.sites}
     if sites != layers.keys():
@@ -75,15 +139,18 @@ def _experts_of(folder: Path, config: AdapterConfig, layers: Mapping[str, Routed
             f"{folder}: its experts are for other layers (only there {sorted(sites - layers.keys())[:2]}, only here "
             f"{sorted(layers.keys() - sites)[:2]}); use the same target_modules"
         )
+    parts: list[tuple[Path, int, float]] = []
     for name in manifest.experts:
-        said = folder / "experts" / name / "adapter_config.json"
-        if not said.is_file():
+        said = f"experts/{name}/adapter_config.json"
+        if said not in manifest.files:
             raise AdapterError(f"{folder}: its experts are not plain LoRAs, so others cannot start from them")
-        values = json.loads(said.read_text(encoding="utf-8"))
-        scale, own = values["lora_alpha"] / values["r"], float(next(iter(layers.values())).experts.scale[0])
-        if values["r"] != config.experts.r or abs(scale - own) > 1e-6 * abs(own):
-            raise AdapterError(
-                f"{said}: rank {values['r']} and scale {scale:g}, but r is {config.experts.r} here and the scale "
-                f"(lora_alpha by rank) {own:g}; set experts.r and experts.lora_alpha to fit"
-            )
-    return merged_tensors(folder, manifest, AdapterConfig.model_validate(manifest.adapter))
+        values = read_json(folder, manifest, said)
+        parts.append((folder / "experts" / name, values["r"], values["lora_alpha"] / values["r"]))
+    tensors = merged_tensors(folder, manifest, AdapterConfig.model_validate(manifest.adapter))
+    found: dict[str, list[TrainedLoRA]] = {}
+    rank = parts[0][1]
+    for path in sites:
+        A, B = tensors[f"{path}.experts.lora_A"].split(rank), tensors[f"{path}.experts.lora_B"].split(rank, dim=1)
+        halves = zip(A, B, parts, strict=False)  # with a list of numbers, some layers have fewer experts
+        found[path] = [TrainedLoRA(half_A, half_B, scale, where) for half_A, half_B, (where, _, scale) in halves]
+    return found

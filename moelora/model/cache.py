@@ -2,6 +2,7 @@
 
 A companion rides in the cache as one more layer, so whatever is done to the cache (beams reordered, rows selected or
 repeated, tokens cropped, everything reset or copied) is done to it too, and an operation it does not know fails aloud.
+During a forward it is taken out: models ask their cache about its layers and must find only their own.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ class Companion(DummyLayer):
     def __init__(self, twin: Cache | None = None) -> None:
         super().__init__()
         self.twin, self.memory = twin, dict[int, Tensor]()
+        self.seen: int | None = 0
+
+    @property
+    def length(self) -> int | None:
+        """Tokens it knows of, where that is known."""
+        return self.seen if self.twin is None else _length(self.twin)
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
@@ -43,6 +50,7 @@ class Companion(DummyLayer):
 
     def reset(self) -> None:
         self.memory.clear()
+        self.seen = 0
         if self.twin is not None:
             self.twin.reset()
 
@@ -78,26 +86,30 @@ class Companion(DummyLayer):
         self.memory = {site: change(value) for site, value in self.memory.items()}
 
 
-def companion_of(given: dict[str, Any]) -> Companion:
-    """The companion of the cache among a forward's arguments, a new one where the cache is new or not there yet.
+def companion_of(given: dict[str, Any], twin: bool) -> Companion:
+    """The companion of the cache among a forward's arguments, taken out of it; a new one for a new cache or none.
 
-    Raises MoeloraError for a cache that was filled without one: by the base model, or by another adapter.
+    twin: whether there is a first pass, which needs an empty cache like it. Raises MoeloraError for a cache that was
+    filled without a companion: by the base model, or by another adapter.
     """
     cache = next((given[name] for name in NAMES if given.get(name) is not None), None)
     if cache is None:
         return Companion()
     cache = _own(cache)
-    for layer in cache.layers:
-        if isinstance(layer, Companion):
-            return layer
-    if not all(_is_empty(layer) for layer in cache.layers):
+    found = [layer for layer in cache.layers if isinstance(layer, Companion)]
+    cache.layers[:] = [layer for layer in cache.layers if not isinstance(layer, Companion)]
+    if found and (found[0].length == _length(cache) or None in (found[0].length, _length(cache))):
+        return found[0]
+    if found or not all(_is_empty(layer) for layer in cache.layers):
         raise MoeloraError(
             "this cache was filled by a model without this router (the base model, or another adapter), so what the "
             "router needs of the earlier tokens is not in it; pass the whole text and a new cache"
         )
-    twin = copy.copy(cache)
-    twin.layers = copy.deepcopy(cache.layers)
-    return Companion(twin)
+    if not twin:
+        return Companion()
+    alike = copy.copy(cache)
+    alike.layers = copy.deepcopy(cache.layers)
+    return Companion(alike)
 
 
 def accompany(out: Any, given: dict[str, Any], companion: Companion) -> None:
@@ -107,12 +119,19 @@ def accompany(out: Any, given: dict[str, Any], companion: Companion) -> None:
         made += [value for value in out if isinstance(value, Cache)]
     cache = next((value for value in made if value is not None), None)
     if cache is not None and companion not in _own(cache).layers:
+        companion.seen = _length(_own(cache))
         _own(cache).layers.append(companion)
 
 
 def _own(cache: Any) -> Any:
     """The part of a cache that grows with the tokens of the model's own stream."""
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def _length(cache: Any) -> int | None:
+    """Tokens in the cache, where it counts them and reading that does not wait for a device."""
+    lengths = (layer.get_seq_length() for layer in cache.layers if isinstance(layer, CacheLayerMixin))
+    return next((length for length in lengths if isinstance(length, int)), None)
 
 
 def _is_empty(layer: Any) -> bool:

@@ -127,7 +127,7 @@ def resolve(config: AdapterConfig | Mapping[str, Any] | str | Path, methods: Met
         }
     )
     blocks = 1 if isinstance(experts.num_experts, int) else len(experts.num_experts)
-    sites = [Site("0.check", 0, 8, 8, block=block, blocks=blocks, hidden_size=8) for block in range(blocks)]
+    sites = [Site(f"{block}.layer", 0, 8, 8, block=block, blocks=blocks, hidden_size=8) for block in range(blocks)]
     with torch.device("meta"):
         built = list(build_sites(filled, methods, sites))
     _refuse_unfit_experts(*built[0][1:], filled)
@@ -172,6 +172,12 @@ def build_sites(
             if router is None:
                 router = methods.build("routers", config.router, *shape)
             experts: Experts = methods.build("experts", config.experts.method(), *shape)
+            if router.num_experts != experts.num_experts:
+                raise ConfigError(
+                    f"router '{config.router['name']}' is one for several layers, which need as many experts each; "
+                    f"'{site.name}' has {experts.num_experts}, '{router.site.name}' {router.num_experts}; give "
+                    "experts.num_experts one number"
+                )
             if group is not None:
                 routers[group] = router
             experts.scale.fill_(_scale(config.experts, router.scale_rank))
@@ -216,6 +222,11 @@ def _refuse_blind_loss(name: str, loss: Loss, router: Router, experts: Experts, 
         raise ConfigError(
             f"losses.{name} reads {' and '.join(missing)}, which neither router '{config.router['name']}' nor experts "
             f"'{config.experts.name}' have; remove the loss or choose others"
+        )
+    if router.around == "ffn" and not loss.of_tokens:
+        raise ConfigError(
+            f"losses.{name} reads the experts of every layer, and with router '{config.router['name']}' only the first "
+            "layer of a feed-forward block has terms; remove the loss or choose another router"
         )
 
 

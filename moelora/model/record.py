@@ -25,15 +25,10 @@ class Adaptation:
     methods: Methods
     sites: list[Site]
     losses: dict[str, Loss]
+    router: type[Router]
     fingerprint: str | None
     port: Port = field(default_factory=Port)
     watched: weakref.ref[nn.Module] | None = None
-
-    @property
-    def router(self) -> type[Router]:
-        """The class of the routers."""
-        found: type[Router] = self.methods.find("routers", self.config.router["name"])
-        return found
 
 
 def routed_layers(model: nn.Module) -> list[RoutedLinear]:

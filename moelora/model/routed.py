@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from moelora.core.errors import MoeloraError
 from moelora.core.route import Route
@@ -27,6 +28,7 @@ from moelora.model.cache import accompany, companion_of
 from moelora.model.plan import last_hidden
 from moelora.model.record import Adaptation, adaptation, routed_layers
 from moelora.model.write import write
+from moelora.routers.base import Router
 
 
 class RoutedModel(nn.Module):
@@ -58,7 +60,8 @@ class RoutedModel(nn.Module):
             observer=None if collector is None else collector.observer,
         )
         router = self.moelora.router
-        companion = companion_of(given) if router.remembers or router.reads == "hidden" else None
+        plans = router.reads == "hidden"
+        companion = companion_of(given, plans) if router.remembers or plans else None
         if companion is not None:
             tape.past = companion.memory
             if router.reads == "hidden":
@@ -71,7 +74,7 @@ class RoutedModel(nn.Module):
             out = super().__call__(*args, **kwargs)
         _refuse_bypassed(self, tape)
         if companion is not None:
-            companion.memory = {**tape.past, **tape.kept}
+            companion.memory = {**tape.past, **_continued(self, tape.kept)}
             accompany(out, given, companion)
         if training and tape.load:
             self._keep_load(tape.load)
@@ -112,6 +115,14 @@ class RoutedModel(nn.Module):
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """``generate`` takes ``task_ids`` too."""
         super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k != "task_ids"})  # type: ignore[misc]
+
+    def _prepare_text_encoder_decoder_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """``generate`` runs an encoder by itself before the first step: inside a tape of its own."""
+        given, port = kwargs.get("model_kwargs") or args[1], self.moelora.port
+        observer = port.collectors[-1].observer if port.collectors else None
+        with port.on(Tape(mask=_masks(given), task=given.get("task_ids"), observer=observer)):
+            done: dict[str, Any] = super()._prepare_text_encoder_decoder_kwargs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        return done
 
     def save_pretrained(
         self,
@@ -169,7 +180,7 @@ def token_share(model: nn.Module, given: dict[str, Any]) -> Tensor | float:
     labels = given.get("shift_labels", given.get("labels"))
     if total is None or labels is None:
         return 1.0
-    if "shift_labels" not in given and getattr(model, "loss_type", None) == "ForCausalLM":
+    if "shift_labels" not in given and _causal(model) and not _two_streams(model):  # as transformers' trainer counts
         labels = labels[..., 1:]
     return labels.ne(-100).sum() / total
 
@@ -187,9 +198,13 @@ def after_step(model: RoutedModel) -> None:
         torch.distributed.all_reduce(flat)
         sizes = [len(kept[index]) for index in sorted(kept)]
         kept.update(zip(sorted(kept), flat.split(sizes), strict=True))
+    loads: dict[Router, Tensor] = {}  # a router may serve several layers
     for layer in routed_layers(model):
         if layer.site.index in kept:
-            layer.router.after_step(kept[layer.site.index])
+            load, router = kept[layer.site.index], layer.router
+            loads[router] = loads[router] + load.to(loads[router].device) if router in loads else load
+    for router, load in loads.items():
+        router.after_step(load)
     kept.clear()
 
 
@@ -243,11 +258,28 @@ def _answers(model: nn.Module, given: dict[str, Any]) -> dict[str, Tensor]:
         return {"input": shifted.ne(-100)}
     if not isinstance(labels, Tensor) or labels.dim() != 2:
         return {}
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if _two_streams(model):
         return {"decoder": labels.ne(-100)}
-    if getattr(model, "loss_type", None) != "ForCausalLM":
+    unnamed = getattr(model, "loss_type", "") is None and model.can_generate()  # type: ignore[operator]
+    if not (_causal(model) or unnamed):  # transformers gives an unnamed loss (GPT2LMHeadModel) the causal one
         return {"input": labels.ne(-100)}
     return {"input": torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100).ne(-100)}
+
+
+def _continued(model: RoutedModel, kept: dict[int, Tensor]) -> dict[int, Tensor]:
+    """What was kept of tokens that others follow in a cache: not an encoder's, which starts anew each time."""
+    two, sites = _two_streams(model), model.moelora.sites
+    return {index: value for index, value in kept.items() if not two or sites[index].stream == "decoder"}
+
+
+def _two_streams(model: nn.Module) -> bool:
+    """Whether it is an encoder-decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _causal(model: nn.Module) -> bool:
+    """Whether the model's loss, by its name, compares a token's prediction with the label of the next."""
+    return LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss
 
 
 def _refuse_bypassed(model: RoutedModel, tape: Tape) -> None:

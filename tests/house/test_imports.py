@@ -18,6 +18,7 @@ LEVELS: dict[str, int] = {
     "io": 3,
     "model": 4,
     "data": 5,
+    "tools": 5,
     "eval": 6,
     "recipe": 7,
     "train": 8,

@@ -1,0 +1,65 @@
+"""Merged experts: the gates average the experts' parameters, and the token passes the one LoRA that results.
+
+Paper: Muqeeth et al., "Soft Merging of Experts with Adaptive Routing" (SMEAR), arXiv 2306.03745, for
+adapters; here for LoRA factors. With gates g:
+
+    y = W x + (lora_alpha / r) (sum_e g_e B_e) (sum_e g_e A_e) x
+
+The products B_e A_f of different experts are in it, unlike in ``experts: lora``. No merged matrix is ever made:
+z = sum_e g_e (A_e x) [T, r], summed in float32 at least, then sum_e B_e (g_e z). Shapes: lora_A [E*r, D], lora_B
+[O, E*r], as ``lora`` has them, and saved alike: alone, an expert is a plain LoRA. With a router of single ranks (units
+narrower than an expert) the ranks are merged into one.
+
+Differences from the paper: adapters there have a nonlinearity between their two matrices and biases; LoRAs have none.
+Gates are whatever the router says, per token too; one mixture per sequence is ``router: smear``.
+
+Recipe line: ``experts: {name: merged, num_experts: 8, r: 8, lora_alpha: 16}`` with ``router: {name: smear}``
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from moelora.core.errors import ConfigError
+from moelora.core.factors import Factors
+from moelora.core.tape import Site
+from moelora.experts.base import Decide, Experts
+from moelora.ops import routed_lora
+
+
+class Merged(Experts):
+    """LoRA factors mixed before they are multiplied. Raises ConfigError around a feed-forward block, where each chosen
+    expert has an output of its own and there is nothing to merge.
+    """
+
+    gives = ("own_A",)
+
+    def __init__(self, site: Site, num_experts: int, r: int) -> None:
+        super().__init__(site, num_experts, r)
+        self.lora_A = nn.Parameter(torch.empty(num_experts * r, site.in_features))
+        self.lora_B = nn.Parameter(torch.empty(site.out_features, num_experts * r))
+
+    def factors(self) -> Factors:
+        return Factors(self.lora_A, self.lora_B, self.scale)
+
+    def forward(
+        self, x: Tensor, decide: Decide, form: Literal["tokens", "rank_space", "each", "sum"] = "tokens"
+    ) -> Tensor:
+        """The update [T, O] of tokens x [T, D]; see ``Experts.forward``."""
+        if form in ("each", "sum"):
+            raise ConfigError(
+                f"experts.merged: the router of '{self.site.name}' asks for the output of every expert apart, and "
+                "merged experts have one between them; use experts: lora"
+            )
+        factors = self.anchored_factors()
+        assert factors.A is not None
+        h = routed_lora.down(x, factors.A)
+        route = decide(factors, h if form == "rank_space" else None)
+        gate = route.dense()
+        z = (h.unflatten(1, (route.units, -1)) * gate.unsqueeze(-1)).sum(1)
+        update = routed_lora.apply(z.to(h.dtype), replace(factors, A=None), route)
+        return update.to(x.dtype)
