@@ -85,20 +85,23 @@ def eval(
     overrides: Overrides = None,
     base: Annotated[str | None, typer.Option(help="Another place of the base model.")] = None,
     plugin: Plugins = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    routing: Annotated[bool, typer.Option("--routing", help="Show what the router of each layer did, too.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables, routing included.")] = False,
 ) -> None:
     """Evaluate a trained adapter on its recipe's tasks (or others: data.root=FOLDER)."""
     with _readable_errors():
         import json as encoder
 
-        from moelora.cli.show import task_table
+        from moelora.cli.show import routing_table, task_table
         from moelora.train.use import evaluate_folder
 
         found = evaluate_folder(folder, overrides or [], base, plugin or [])
         if json:
             print(encoder.dumps(found, indent=1))
-        else:
-            task_table({folder.name: found["tasks"]})
+            return
+        task_table({folder.name: found["tasks"]})
+        if routing:
+            routing_table(found["routing"])
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import textwrap
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -34,14 +36,64 @@ def task_table(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
 
 
 def comparison_table(variants: Mapping[str, Mapping[str, Any]]) -> None:
-    """``task_table`` of several runs, with their size and training time."""
-    print()
-    task_table({name: run["tasks"] for name, run in variants.items()})
-    table = Table("run", "trainable parameters", "training time")
+    """One row per run: its size, training time, mean and tasks; accuracy where answers were generated, else loss."""
+    tasks = list(dict.fromkeys(task for run in variants.values() for task in run["tasks"]))
+    table = Table("run", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("trainable", "seconds", "mean", *tasks):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, run in variants.items():
-        if run["trainable_parameters"]:
-            table.add_row(name, f"{run['trainable_parameters']:,}", f"{run['seconds']:.1f} s")
+        accuracies = [100 * v["accuracy"] for v in run["tasks"].values() if v.get("accuracy") is not None]
+        mean = f"{sum(accuracies) / len(accuracies):.1f} %" if accuracies else ""
+        size = (
+            (f"{run['trainable_parameters']:,}", f"{run['seconds']:.1f}") if run["trainable_parameters"] else ("", "")
+        )
+        table.add_row(name, *size, mean, *(_figure(run["tasks"].get(task)) for task in tasks))
+    console = Console()
+    console.width = max(console.width, 120)  # a log file has no width; a terminal folds
+    console.print(table)
+    print("per task: accuracy of whole answers in %, or the loss where none was generated")
+
+
+def _figure(values: Mapping[str, Any] | None) -> str:
+    if values is None:
+        return ""
+    exact = values.get("accuracy")
+    return f"{100 * exact:.1f}" if exact is not None else f"loss {values['loss']:.3f}"
+
+
+def routing_table(routing: Mapping[str, Any]) -> None:
+    """layer x figure of a run's routing.json, and their means."""
+    if not routing.get("sites"):
+        print("no layer has units to choose between, so there is no routing to show")
+        return
+    shown = {
+        "load\nentropy": "load_entropy",
+        "top-1\nshare": "top1",
+        "dead": "dead",
+        "token\nentropy": "token_entropy",
+        "agreement": "agreement",
+    }
+    names = [site.split(".") for site in routing["sites"]]
+    levels = zip(*(name[:-1] for name in names), strict=False)
+    common = [level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels)]
+    table = Table(title=f"routing, layers of {'.'.join(common)}" if common else "routing")
+    table.add_column("layer", overflow="fold")
+    for column in ("units", *shown):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, layer in zip(names, routing["sites"].values(), strict=True):
+        figures = [f"{layer[key]:.2f}" for key in shown.values()]
+        table.add_row(".".join(name[len(common) :]), str(layer["units"]), *figures)
+    table.add_section()
+    table.add_row("mean", "", *(f"{routing['summary'][key]:.2f}" for key in shown.values()))
     Console().print(table)
+    print(
+        "load entropy: 1 is even. top-1 share: tokens whose first choice is the favourite unit.\n"
+        "dead: units with under a tenth of an even load. token entropy: 0 is one unit per token.\n"
+        "agreement: 1 where the first choice tells the task"
+    )
+    collapsed = int(routing["summary"]["collapsed"])
+    if collapsed:
+        print(f"collapsed layers: {collapsed}; try losses: {{balance: 0.01}} or a lower learning rate")
 
 
 def _cell(values: Mapping[str, Any] | None) -> str:

@@ -6,7 +6,8 @@ Paper: Zhang et al., "CoMoL", arXiv 2603.00573 (ACL 2026 Findings); formulas agr
 
 Shapes: weight (Wg) [E, r], no bias; M_e are the experts of ``experts: core``. Nothing is dropped, renormalised or
 balanced. route_on: x is the paper's ablation "without core-space routing": p = softmax(x Wg^T) with Wg [E, D], x before
-dropout. Parameters per layer: r (D + O) + E r^2 + E r.
+dropout; it serves ``experts: lora`` too. Parameters per layer: r (D + O) + E r^2 + E r, with route_on: x E D for the
+last term.
 
 Differences from the released code: the softmax is in float32, there in the module's dtype.
 
@@ -26,7 +27,10 @@ from moelora.routers.base import Router, linear_scores, reset_linear
 
 
 class CoMoL(Router):
-    """Softmax over all experts. route_on: h, the rank space of experts that share one A, or x, the layer's input."""
+    """Softmax over all experts. route_on: h, the rank space of experts that share one A, or x, the layer's input.
+
+    Experts that do not share one A are refused (ConfigError) with route_on: h.
+    """
 
     gives = ("logits", "probs")
 

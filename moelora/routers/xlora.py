@@ -6,38 +6,48 @@ and PEFT. Two passes: H = last hidden state of the base model (no gradient), the
     c = head(H);   lambda = softmax(c_l / temperature);   y = W x + w sum_e lambda_e (lora_alpha / r) B_e A_e x
 
 head: Linear(d, n) at depth 1; else Linear(d, xlora_size), ReLU, dropout, (depth - 2) times Linear, ReLU, dropout, and
-Linear(xlora_size, n); with biases; n = E, or E L with layerwise_scalings. top_k keeps the k largest lambdas without
-renormalising them; enable_softmax_topk takes a softmax of those kept, over one token. w is global_scaling_weight.
+Linear(xlora_size, n); with biases; n = E, or E L with layerwise_scalings. Without enable_softmax, lambda = c_l. top_k
+keeps the k largest lambdas as they are; enable_softmax_topk takes a softmax of those kept, over one token.
+w is global_scaling_weight. Shapes: H [B, S, d], c [B, S, L or 1, E], lambda [T, E].
 
 With a KV cache both passes keep their own, since keys of the two differ; the second rides in the first
-(``moelora.model.cache``). Experts are trained or frozen by ``experts: {train: none}``, the paper's way.
+(``moelora.model.cache``). Experts are trained with the head, or frozen by ``experts: {train: none}``, the paper's way.
 
-Differences from PEFT: a cache; the router is saved; the head computes in float32; a kept score of exactly zero stays kept;
-scaling_pass_value is 0, the adapter-free pass.
+Differences from PEFT: a cache; the router is saved; the head computes in float32; a kept score of exactly zero stays
+kept; scaling_pass_value is 0, the adapter-free pass.
 
-Recipe line: ``router: {name: xlora, xlora_depth: 2, xlora_size: 256}`` with ``experts: {train: none, adapters: [out/a]}``
+Recipe line: ``router: {name: xlora, xlora_depth: 2, xlora_size: 256}``, with frozen experts from a first stage
+``experts: {train: none, adapters: [out/a], num_experts: 4, r: 8}``
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from moelora.core.errors import ConfigError
 from moelora.core.route import Route, top_k
 from moelora.core.tape import Site, View
-from moelora.routers.base import Router, check_top_k
+from moelora.routers.base import Router, check_top_k, linear_scores
 
 Size = Annotated[int, Field(ge=1)]
+
+
+class _Linear(nn.Linear):
+    """In float32 at least, whatever the model's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_scores(self.weight, x) + self.bias
 
 
 class XLoRA(Router):
     """One head for the whole model. Option names and defaults are PEFT's; ``top_k`` is its ``top_k_lora``.
 
-    Raises ConfigError when the model does not state its hidden size, or experts differ in number between layers.
+    Raises ConfigError when the model does not state its hidden size, top_k exceeds num_experts, or enable_softmax_topk
+    comes without top_k. Experts must be as many in every layer.
     """
 
     reads = "hidden"
@@ -61,6 +71,8 @@ class XLoRA(Router):
     ) -> None:
         super().__init__(site, num_experts, r)
         check_top_k("xlora", top_k, num_experts)
+        if enable_softmax_topk and top_k is None:
+            raise ConfigError("routers.xlora: enable_softmax_topk is a softmax of the top_k scalings; set top_k")
         if site.hidden_size is None:
             raise ConfigError("routers.xlora reads the model's last hidden state, and its config has no hidden_size")
         self.layerwise, self.temperature, self.top_k = layerwise_scalings, softmax_temperature, top_k
@@ -72,8 +84,8 @@ class XLoRA(Router):
             num_experts * (site.count if self.layerwise else 1),
         ]
         layers: list[nn.Module] = []
-        for wide, out in zip(widths, widths[1:], strict=False):
-            layers += [nn.Linear(wide, out), nn.ReLU(), nn.Dropout(xlora_dropout_p)]
+        for wide, out in pairwise(widths):
+            layers += [_Linear(wide, out), nn.ReLU(), nn.Dropout(xlora_dropout_p)]
         self.head = nn.Sequential(*layers[:-2])
 
     @classmethod
@@ -81,15 +93,14 @@ class XLoRA(Router):
         return "model"
 
     def plan(self, hidden: Tensor) -> Tensor:
-        dtype = next(self.head.parameters()).dtype
-        logits: Tensor = self.head(hidden.to(dtype))
-        return logits.unflatten(-1, (-1, self.num_experts)).to(torch.promote_types(logits.dtype, torch.float32))
+        scores: Tensor = self.head(hidden)
+        return scores.unflatten(-1, (-1, self.num_experts))
 
     def forward(self, x: Tensor, view: View) -> Route:
-        plan = view.plan
-        logits = plan[:, view.site.index if self.layerwise else 0] / self.temperature
+        scores = view.plan[:, view.site.index if self.layerwise else 0]
+        logits = scores / self.temperature if self.softmax else scores
         probs = logits.softmax(-1)
-        scalings, index = probs if self.softmax else logits, None
+        scalings, index = probs if self.softmax else scores, None
         if self.top_k is not None:
             k, scored = self.top_k, scalings
             index = view.once(lambda: top_k(scored, k))
