@@ -111,12 +111,13 @@ def methods_table(plugins: Iterable[Path], as_json: bool) -> None:
         print(json.dumps(entries, indent=1))
         return
     console = Console(highlight=False)
+    wide = max(len(entry["name"]) for entry in entries) + 2
     for axis in AXES:
         console.print(f"\n[bold]{axis}[/]")
         for entry in (entry for entry in entries if entry["axis"] == axis):
             paper = re.search(r"arXiv \d{4}\.\d{5}", entry["paper"])
             what = f"{entry['summary'].rstrip('.')}{f' ({paper.group()})' if paper else ''}"
             for label, text in ((entry["name"], what), ("", entry["recipe"].replace("`", "")), ("", entry["file"])):
-                for line in textwrap.wrap(text, max(40, console.width - 20)):
-                    console.print(f"  {label:18}{line}", markup=False, style=None if label else "dim")
+                for line in textwrap.wrap(text, max(40, console.width - wide - 2)):
+                    console.print(f"  {label:{wide}}{line}", markup=False, style=None if label else "dim")
                     label = ""

@@ -23,6 +23,7 @@ class Route:
     index: [T, k] int64, the chosen units, distinct per token; None means dense.
     logits: [T, G] scores before any normalisation, for auxiliary losses; None if the router has none.
     probs: [T, G] scores normalised to sum to 1 per token, for auxiliary losses and statistics.
+    margin: [T, G] probs less a threshold that the router chooses by, which a balance loss then acts on; None without.
     """
 
     weight: Tensor
@@ -30,6 +31,7 @@ class Route:
     index: Tensor | None = None
     logits: Tensor | None = None
     probs: Tensor | None = None
+    margin: Tensor | None = None
 
     def dense(self) -> Tensor:
         """Gates as [T, G], zero for units not chosen."""

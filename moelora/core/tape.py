@@ -91,10 +91,12 @@ class Tape:
         return View(self, site, shape, mask, self._task(shape), answers)
 
     def _task(self, shape: torch.Size) -> Tensor | None:
-        if self.task is None or not shape or self.task.shape[0] != shape[0]:
+        if self.task is None:
             return None
         if self.task.shape == shape:
             return self.task.reshape(-1)
+        if not shape or self.task.shape[:1] != shape[:1]:
+            return None
         per_sequence = self.task if self.task.dim() == 1 else self.task[:, -1]
         return per_sequence.view(-1, *[1] * (len(shape) - 1)).expand(shape).reshape(-1)
 

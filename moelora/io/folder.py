@@ -117,6 +117,17 @@ def read_tensors(folder: Path, manifest: Manifest) -> dict[str, dict[str, Tensor
     return found
 
 
+def read_json(folder: Path, manifest: Manifest, name: str) -> Any:
+    """The content of a JSON file in the manifest. Raises AdapterError for any change since saving."""
+    path = folder / name
+    if not path.is_file():
+        raise AdapterError(f"{path}: missing, though {MANIFEST} lists it; copy the whole folder")
+    actual, expected = _sha256(path), manifest.files.get(name, "")
+    if actual != expected:
+        raise AdapterError(f"{path}: sha256 {actual[:12]}..., expected {expected[:12]}...; the file was changed")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def _write(path: Path, content: dict[str, Tensor] | str) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")

@@ -3,7 +3,10 @@
     L = G * sum_u f_u P_u,   f_u = choices of unit u per token (sums to k, no gradient),   P_u = mean probability
 
 Paper: Fedus et al., arXiv 2101.03961, eq. 4; with f summing to k as in Mixtral, so that ``router_aux_loss_coef`` values
-carry over. A perfectly balanced router scores k. Over valid tokens, f over those of all processes; mean over layers.
+carry over.
+
+A perfectly balanced router scores k. Where a router chooses by a threshold (AdaMoLE), P is the mean of what
+probabilities exceed it by. Over valid tokens, f over those of all processes; mean over layers.
 
 Recipe line: ``losses: {balance: 0.01}``
 """
@@ -23,6 +26,7 @@ class Balance(Loss):
     needs = ("probs",)
 
     def __call__(self, route: Route, view: View) -> Tensor:
-        assert route.probs is not None
+        scores = route.probs if route.margin is None else route.margin
+        assert scores is not None
         share = global_mean(route.chosen(), view)
-        return route.units * (share * token_mean(route.probs, view.mask)).sum()
+        return route.units * (share * token_mean(scores, view.mask)).sum()

@@ -20,17 +20,22 @@ class Loss(ABC):
         refused before training.
     expert_per_task: expert i stands for task i, so there must be as many experts as tasks.
     anchored: it reads ``view.factors.anchors``, the experts as they were at the start.
+    of_tokens: it counts tokens. A term about the experts alone does not, and refuses ``tokens: answers``.
     Recipe keys are keyword-only arguments; ``weight`` and ``tokens`` are common to all.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
     expert_per_task: ClassVar[bool] = False
     anchored: ClassVar[bool] = False
+    of_tokens: ClassVar[bool] = True
 
     def __init__(self, weight: float, tokens: Literal["all", "answers"] = "all") -> None:
         """tokens: count every token that is not padding, or only those whose prediction carries loss."""
         if weight < 0:
             raise ConfigError(f"losses: a weight must not be negative, found {weight}")
+        if tokens != "all" and not self.of_tokens:
+            name = type(self).__module__.rpartition(".")[2]
+            raise ConfigError(f"losses.{name} is about the experts and counts no tokens; leave out tokens: {tokens}")
         self.weight, self.tokens = weight, tokens
 
     @abstractmethod
@@ -44,6 +49,11 @@ def token_mean(values: Tensor, mask: Tensor | None) -> Tensor:
         return values.sum(0) / max(1, values.shape[0])
     weight = mask.to(values.dtype)
     return (values * weight.view(-1, *[1] * (values.dim() - 1))).sum(0) / weight.sum().clamp(min=1)
+
+
+def token_entropy(probs: Tensor) -> Tensor:
+    """Entropy [T] of probabilities [T, G] in nats; 0 log 0 is 0, and its gradient is finite."""
+    return -(probs * probs.clamp(min=torch.finfo(probs.dtype).tiny).log()).sum(-1)
 
 
 def global_mean(values: Tensor, view: View) -> Tensor:

@@ -4,8 +4,11 @@
 
 Source: the released code of MeteoRA (arXiv 2405.13053): cross-entropy of each projection's gate logits against the
 sample's task id, the position shifted by one as in language modelling, padding ignored, averaged over projections; its
-weight there is 50, with frozen adapters. Expert i stands for task i. Where several sequences share a row, the last
-token of each is left out, as it is in an unpacked batch. Tokens without a task (id -1) are ignored.
+weight there is 50, with frozen adapters.
+
+Expert i stands for task i. Over valid tokens whose next token is valid too: where several sequences share a row, the
+last token of each is left out, as it is in an unpacked batch. Tokens without a task (id -1) are ignored.
+``tokens: answers`` counts the tokens that predict an answer's token, the last one included.
 
 Recipe line: ``losses: {supervised_gate: 0.1}``
 """
@@ -45,14 +48,15 @@ class SupervisedGate(Loss):
         total = F.cross_entropy(route.logits, target, ignore_index=-1, reduction="sum")
         return total / (target >= 0).sum().clamp(min=1)
 
-    @staticmethod
-    def _shifted(view: View) -> Tensor:
+    def _shifted(self, view: View) -> Tensor:
         """[T] task of the next token, -1 where there is none, or it is padding or starts another sequence."""
         assert view.task is not None
         valid = view.task if view.mask is None else view.task.masked_fill(~view.mask, -1)
         if len(view.shape) != 2:
             return valid
-        rows = valid.view(view.shape)
+        # A token that predicts an answer's token has a real one after it, which need not predict another.
+        predicts = self.tokens == "answers" and view.answers is not None
+        rows = (view.task if predicts else valid).view(view.shape)
         last = torch.full_like(rows[:, :1], -1)
         following = torch.cat([rows[:, 1:], last], dim=1)
         positions = view.tape.positions

@@ -3,6 +3,7 @@
     L = mean over tokens of logsumexp(logits)^2
 
 Paper: Zoph et al., ST-MoE, arXiv 2202.08906, eq. 5. Over valid tokens, per layer, mean over layers.
+
 Recipe line: ``losses: {z: 0.001}``
 """
 

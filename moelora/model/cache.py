@@ -12,21 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DummyLayer,
-    EncoderDecoderCache,
-    LinearAttentionCacheLayerMixin,
-)
+from transformers import cache_utils
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from moelora.core.errors import MoeloraError
 
 NAMES = ("past_key_values", "cache_params")
 """What models call their cache, as argument and as output."""
+LAYER: Any = getattr(cache_utils, "DummyLayer", object)  # transformers has it since 5.21
+LINEAR: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", ())  # not in 5.0
 
 
-class Companion(DummyLayer):
+class Companion(LAYER):
     """A layer that holds no keys of the model itself.
 
     twin: the cache of the pass without experts, or None. memory: [B, ...] per site, see ``View.keep``.
@@ -45,7 +42,7 @@ class Companion(DummyLayer):
         return self.seen if self.twin is None else _length(self.twin)
 
     @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
+    def is_croppable(self) -> bool:
         return not self.memory and (self.twin is None or self.twin.is_croppable)
 
     def reset(self) -> None:
@@ -124,8 +121,14 @@ def accompany(out: Any, given: dict[str, Any], companion: Companion) -> None:
 
 
 def _own(cache: Any) -> Any:
-    """The part of a cache that grows with the tokens of the model's own stream."""
-    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    """The part of a cache that grows with the tokens of the model's own stream. Raises MoeloraError without layers."""
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    if not hasattr(own, "layers"):  # MambaCache of transformers 5.0
+        raise MoeloraError(
+            f"a {type(own).__name__} cannot carry what this router needs of earlier tokens; pass use_cache=False, or "
+            "update transformers"
+        )
+    return own
 
 
 def _length(cache: Any) -> int | None:
@@ -136,7 +139,7 @@ def _length(cache: Any) -> int | None:
 
 def _is_empty(layer: Any) -> bool:
     attends = isinstance(layer, CacheLayerMixin) and int(layer.get_seq_length()) > 0
-    if isinstance(layer, LinearAttentionCacheLayerMixin):
+    if isinstance(layer, LINEAR):
         states: Any = layer.has_previous_state
         attends = attends or (any(states.values()) if isinstance(states, dict) else bool(states))
     return not attends

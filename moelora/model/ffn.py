@@ -51,7 +51,7 @@ class FirstLinear(RoutedLinear):
         if not self.port.enabled:
             return y
         update = self._exact(self._update, x)
-        return (y.unsqueeze(-2) + update.view(*y.shape[:-1], -1, y.shape[-1]).to(y.dtype)).flatten(-2)
+        return (y.unsqueeze(-2) + update.view(*y.shape[:-1], *update.shape[1:]).to(y.dtype)).flatten(-2)
 
     def _update(self, x: Tensor) -> Tensor:
         view = self._tape().view(self.site, x.shape[:-1])
@@ -79,11 +79,14 @@ class LastLinear(RoutedLinear):
         tape.called.add(self.site.index)
         route = tape.shared.pop(self.site.parent, None)
         if route is None:
-            raise MoeloraError(f"'{self.site.name}' was called without the layers before it in its block")
+            raise MoeloraError(
+                f"'{self.site.name}' was called without the layers before it in its block, or outside its model's own "
+                "forward, where they cannot leave it their route; call the whole model"
+            )
         copies = x.unflatten(-1, (-1, self.site.in_features))
         rows = copies.reshape(-1, *copies.shape[-2:])
         whole = (rows * route.weight.unsqueeze(-1).to(rows.dtype)).sum(1)
-        y = self.base_layer(whole.view(*x.shape[:-1], -1))
+        y = self.base_layer(whole.view(*x.shape[:-1], self.site.in_features))
         dropped = self.dropout(rows)
         update = self._exact(lambda given: self.experts(given, lambda *_: route, "sum"), dropped)
         return y + update.view(y.shape).to(y.dtype)

@@ -1,6 +1,6 @@
 """What an adapted model does beyond its base class.
 
-``adapt`` gives the model instance a subclass of its own class with four methods overridden, as torch's ``fully_shard``
+``adapt`` gives the model instance a subclass of its own class with a few methods overridden, as torch's ``fully_shard``
 does. ``isinstance`` holds, ``forward`` and its signature are untouched, so trainers, ``generate`` and pipelines see the
 transformers model they know.
 """
@@ -116,13 +116,21 @@ class RoutedModel(nn.Module):
         """``generate`` takes ``task_ids`` too."""
         super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k != "task_ids"})  # type: ignore[misc]
 
-    def _prepare_text_encoder_decoder_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def _prepare_text_encoder_decoder_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        with self._encoding(kwargs.get("model_kwargs") or args[1]):
+            return super()._prepare_text_encoder_decoder_kwargs_for_generation(*args, **kwargs)  # type: ignore[misc]
+
+    def _prepare_encoder_decoder_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        with self._encoding(kwargs.get("model_kwargs") or args[1]):  # its name before transformers 5.20
+            return super()._prepare_encoder_decoder_kwargs_for_generation(*args, **kwargs)  # type: ignore[misc]
+
+    @contextmanager
+    def _encoding(self, given: dict[str, Any]) -> Iterator[None]:
         """``generate`` runs an encoder by itself before the first step: inside a tape of its own."""
-        given, port = kwargs.get("model_kwargs") or args[1], self.moelora.port
+        port = self.moelora.port
         observer = port.collectors[-1].observer if port.collectors else None
         with port.on(Tape(mask=_masks(given), task=given.get("task_ids"), observer=observer)):
-            done: dict[str, Any] = super()._prepare_text_encoder_decoder_kwargs_for_generation(*args, **kwargs)  # type: ignore[misc]
-        return done
+            yield
 
     def save_pretrained(
         self,

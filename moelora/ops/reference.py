@@ -12,8 +12,8 @@ and mix is one of
     shared  (C = G*R)    u[t, q*R + j] = g[t, q] h[t, j]
     core    (C = R)      u[t] = sum_q g[t, q] core[q] h[t]
 
-All gates are computed densely: ranks are few, and two plain matrix products beat any gather until R is large. Without A,
-x is h already. Half precision is computed in float32 on CPU, where half-precision products are slow and coarse; elsewhere
+All gates are computed densely: ranks are few, and two plain matrix products beat any gather until R is large. Without
+A, x is h already. Half precision is computed in float32 on CPU, where half-precision products are slow and coarse; else
 products run in x's dtype with the gates applied in float32. Nothing of size [T, G, O] or [T, r, r] is ever made.
 """
 

@@ -126,7 +126,7 @@ def apply_each(x: Tensor, factors: Factors, route: Route) -> Tensor:
     tokens, k = route.index.shape
     h = down(x, factors.A).repeat_interleave(k, 0)
     alone = Route(torch.ones_like(route.weight).reshape(-1, 1), route.units, route.index.reshape(-1, 1))
-    return apply(h, replace(factors, A=None), alone).view(tokens, k, -1)
+    return apply(h, replace(factors, A=None), alone).view(tokens, k, factors.B.shape[0])
 
 
 def apply_sum(x: Tensor, factors: Factors, route: Route) -> Tensor:
@@ -135,6 +135,6 @@ def apply_sum(x: Tensor, factors: Factors, route: Route) -> Tensor:
     tokens, k, _ = x.shape
     h = down(x.flatten(0, 1), factors.A)
     gate = dense_gates(route.weight.reshape(-1, 1), route.index.reshape(-1, 1), route.units)
-    u = (h.unflatten(1, (route.units, -1)) * gate.unsqueeze(-1)).view(tokens, k, -1).sum(1)
+    u = (h.unflatten(1, (route.units, -1)) * gate.unsqueeze(-1)).view(tokens, k, h.shape[1]).sum(1)
     everything = Route(torch.ones_like(route.weight[:, :1]).expand(-1, route.units), route.units)
     return apply(u.to(h.dtype), replace(factors, A=None), everything)

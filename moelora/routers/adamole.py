@@ -12,9 +12,8 @@ torch.nn.Linear; x is the projection's input before dropout. The gates are dense
 unless given: tau then stays below the largest p, so a token has at least one expert. Above 1/E it may have none, and
 gets the base layer alone. At 0 the router is a dense softmax.
 
-``probs`` of the route is p - tau, not p: it is negative outside S and does not sum to 1. So ``losses: {balance: 0.01}``
-is the paper's auxiliary loss E sum_e frac_e mean(p_e - tau), with frac_e the share of tokens that use expert e. It may
-be negative. Losses that take a logarithm of probs do not fit.
+The route has p - tau as its ``margin``, so ``losses: {balance: 0.01}`` is the paper's auxiliary loss
+E sum_e frac_e mean(p_e - tau), with frac_e the share of tokens that use expert e. It may be negative.
 
 Differences from the released code: the auxiliary loss is the mean over layers, there the sum, and leaves padding out;
 an expert with p = tau exactly has gate 0 and does not count in frac; one dropout mask per layer, there one per expert.
@@ -61,9 +60,10 @@ class AdaMoLE(Router):
     def forward(self, x: Tensor, view: View) -> Route:
         logits = linear_scores(self.weight, x)
         threshold = self.max_threshold * (linear_scores(self.threshold_weight, x) + self.threshold_bias).sigmoid()
-        margin = logits.softmax(-1) - threshold
+        probs = logits.softmax(-1)
+        margin = probs - threshold
         passed = view.once(lambda: margin >= 0)
         kept = margin.where(passed, 0)
         total = kept.sum(-1, keepdim=True)
         weight = kept / total.where(total != 0, 1)
-        return Route(weight, self.num_experts, None, logits, margin)
+        return Route(weight, self.num_experts, None, logits, probs, margin)

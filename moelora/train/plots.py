@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,27 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-COLOURS = ("#9aa3ad", "#2f6fb0", "#d9722e", "#3a9a68", "#8a5fb3", "#c0504d", "#7a6a53")
-"""The first is for the base model."""
+BASE, COLOURS = "#9aa3ad", ("#2f6fb0", "#d9722e", "#3a9a68", "#8a5fb3", "#c0504d", "#7a6a53", "#2aa6b0", "#c9a227")
+
+LAYER_FIGURES = {
+    "load_entropy": "load entropy (1 = even)",
+    "top1": "largest share of first choices",
+    "token_entropy": "token entropy (0 = one unit per token)",
+    "agreement": "agreement with tasks (1 = tells the task)",
+}
 
 
-def loss_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
+def colours(runs: Iterable[str]) -> dict[str, str]:
+    """A colour for every run, the same on all pictures of a page; a run named ``base`` is grey."""
+    palette = itertools.cycle(COLOURS)
+    return {name: BASE if name == "base" else next(palette) for name in runs}
+
+
+def loss_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], colour_of: Mapping[str, str]) -> bytes:
     """Training loss per step (lines) and evaluation loss (dots), one colour per run."""
     figure, axes = _figure(5.6, 3.2)
-    for colour, (name, history) in zip(COLOURS[1:], histories.items(), strict=False):
+    for name, history in histories.items():
+        colour = colour_of[name]
         train = [(row["step"], float(row["loss"])) for row in history if "loss" in row]
         evaluated = [(row["step"], float(row["eval_loss"])) for row in history if "eval_loss" in row]
         if train:
@@ -37,20 +51,20 @@ def loss_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     return _png(figure)
 
 
-def bars(values: Mapping[str, Mapping[str, float]], label: str) -> bytes:
-    """Grouped bars: ``{run: {task: value in 0..1}}``. A run named ``base`` is grey."""
+def bars(values: Mapping[str, Mapping[str, float]], label: str, colour_of: Mapping[str, str]) -> bytes:
+    """Grouped bars: ``{run: {task: value in 0..1}}``."""
     tasks = list(dict.fromkeys(task for run in values.values() for task in run))
-    figure, axes = _figure(max(5.6, 0.68 * len(tasks)), 3.2)
-    palette = iter(COLOURS[1:])
-    colours = {name: COLOURS[0] if name == "base" else next(palette) for name in values}
+    wide = max(5.6, 0.68 * len(tasks))
+    columns = _columns(values, wide)
+    figure, axes = _figure(wide, 3.0 + 0.2 * -(-len(values) // columns))
     width = 0.82 / len(values)
     for position, (name, run) in enumerate(values.items()):
         left = np.arange(len(tasks)) - 0.41 + width * (position + 0.5)
-        axes.bar(left, [run.get(task, 0.0) for task in tasks], width * 0.92, color=colours[name], label=name)
+        axes.bar(left, [run.get(task, 0.0) for task in tasks], width * 0.92, color=colour_of[name], label=name)
     axes.set_xticks(range(len(tasks)), tasks, rotation=0 if len(tasks) <= 5 else 30)
     axes.set_ylim(0, 1.02)
     axes.set_ylabel(label)
-    axes.legend(frameon=False, ncols=len(values), loc="lower left", bbox_to_anchor=(0, 1.0))
+    figure.legend(loc="outside upper left", ncols=columns, frameon=False)
     return _png(figure)
 
 
@@ -85,22 +99,26 @@ def unit_loads(routing: Mapping[str, Any], shown: int = 4) -> bytes:
     return _png(figure)
 
 
-def layer_figures(routings: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """Evenness of the load and share of the busiest unit, layer by layer, for every routed run."""
-    figure = Figure(figsize=(9.6, 3.0), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for colour, (name, routing) in zip(COLOURS[2:], routings.items(), strict=False):
-        sites = routing["sites"]
-        for axes, key in ((left, "load_entropy"), (right, "top_share")):
-            axes.plot([site[key] for site in sites.values()], color=colour, marker=".", label=name)
-    first = list(next(iter(routings.values()))["sites"])
-    for axes, title in ((left, "load entropy (1 = even)"), (right, "share of the busiest unit")):
+def layer_figures(routings: Mapping[str, Mapping[str, Any]], colour_of: Mapping[str, str]) -> bytes:
+    """The figures of LAYER_FIGURES, layer by layer, for every routed run."""
+    figure = Figure(figsize=(9.6, 4.8), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True)
+    sites = list(dict.fromkeys(site for routing in routings.values() for site in routing["sites"]))
+    place = {site: position for position, site in enumerate(sites)}
+    for axes, (key, title) in zip(panels.flat, LAYER_FIGURES.items(), strict=True):
+        for name, routing in routings.items():
+            own = [place[site] for site in routing["sites"]]
+            values = [site[key] for site in routing["sites"].values()]
+            axes.plot(own, values, color=colour_of[name], marker=".", linewidth=1.4, label=name)
         axes.set_title(title, fontsize=10)
         axes.set_ylim(0, 1.02)
-        _site_ticks(axes, first)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False, loc="lower left")
+    for axes in panels[1]:
+        _site_ticks(axes, sites)
+    if len(routings) > 1:
+        handles, names = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper left", ncols=_columns(names, 9.6), frameon=False)
     return _png(figure)
 
 
@@ -113,6 +131,11 @@ def short(site: str) -> str:
 def _distances(load: Sequence[Sequence[float]]) -> list[float]:
     rows = np.array(load)
     return [float(value) for value in np.abs(rows - rows.mean(0)).sum(1) / 2]
+
+
+def _columns(names: Collection[str], width: float) -> int:
+    """How many names of a legend fit beside each other in ``width`` inches."""
+    return max(1, min(len(names), int(11 * width) // (max(map(len, names)) + 7)))
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

@@ -12,6 +12,23 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from moelora import __version__
 from moelora.train import plots
 
+RUN_FIGURES = {
+    "load_entropy": "load entropy",
+    "top_share": "busiest unit",
+    "dead": "dead units",
+    "specialisation": "specialisation",
+    "agreement": "agreement",
+}
+LAYER_FIGURES = {
+    "load_entropy": "load entropy",
+    "top_share": "busiest unit",
+    "top1": "top-1 share",
+    "dead": "dead units",
+    "token_entropy": "token entropy",
+    "specialisation": "specialisation",
+    "agreement": "agreement",
+}
+
 
 class Reported(Protocol):
     """What the page needs of a run: its summary.json, routing.json and history.json."""
@@ -31,27 +48,34 @@ def write_report(
     measure = "accuracy" if any(v.get("accuracy") is not None for t in metrics.values() for v in t.values()) else None
     measure = measure or "token_accuracy"
     routed = {run.name: run.routing for run in runs if run.routing.get("sites")}
+    colours = plots.colours(metrics)
     environment = Environment(loader=PackageLoader("moelora.train", "."), autoescape=select_autoescape(["j2", "html"]))
     page = environment.get_template("report.html.j2").render(
         title=", ".join(run.name for run in runs),
         version=__version__,
         runs=runs,
+        run_figures=RUN_FIGURES,
+        layer_figures=LAYER_FIGURES,
         tasks=tasks,
         metrics=metrics,
         best=_best(metrics, tasks, measure),
         measure=measure,
         measure_name=measure.replace("_", " "),
-        loss_picture=_embed(plots.loss_curves({run.name: run.history for run in runs})),
-        accuracy_picture=_embed(plots.bars(_values(metrics, measure), measure.replace("_", " "))) if tasks else None,
+        loss_picture=_embed(plots.loss_curves({run.name: run.history for run in runs}, colours)),
+        accuracy_picture=_embed(plots.bars(_values(metrics, measure), measure.replace("_", " "), colours))
+        if tasks
+        else None,
         routing=[
             {
                 "name": name,
                 "tasks_by_layer": _embed(plots.specialisation(content)),
                 "units": _embed(plots.unit_loads(content)),
+                "layers": content["sites"],
+                "summary": content["summary"],
             }
             for name, content in routed.items()
         ],
-        layers_picture=_embed(plots.layer_figures(routed)) if routed else None,
+        layers_picture=_embed(plots.layer_figures(routed, colours)) if routed else None,
         recipe=recipe,
     )
     path.write_text(page, encoding="utf-8")

@@ -8,12 +8,14 @@ transformers'.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -24,7 +26,7 @@ from moelora.core.errors import DataError
 from moelora.data.progress import quiet_if_small
 from moelora.data.prompts import as_prompts
 from moelora.eval.evaluate import exact_match, token_sums
-from moelora.eval.routing import RoutingStats
+from moelora.eval.routing import CollapseAlarm, RoutingStats
 from moelora.model.routed import RoutedModel, after_step, collect, token_share, weighted_sum
 from moelora.model.save import restore
 from moelora.train.progress import LossBar
@@ -75,6 +77,8 @@ class MoeLoraTrainer(SFTTrainer):
         self.tasks, self.exact_match = tasks, exact_match or []
         self.eval_rows = eval_dataset
         self.routing: RoutingStats | None = None
+        self.watched: RoutingStats | None = None
+        self.alarm = CollapseAlarm()
         super().__init__(
             model=model,
             args=args,
@@ -159,9 +163,10 @@ class MoeLoraTrainer(SFTTrainer):
         routed = self.accelerator.unwrap_model(self.model)
         if not isinstance(routed, RoutedModel):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        watched = routed.training and (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0
-        stats = RoutingStats(self.tasks) if watched else None
-        with collect(routed, stats) as collector:
+        watching = routed.training and self._logs_next()
+        if watching and self.watched is None:
+            self.watched = RoutingStats(self.tasks)
+        with collect(routed, self.watched if watching else None) as collector:
             loss = super().compute_loss(model, inputs, False, num_items_in_batch)
         terms = collector.terms[0] if collector.terms else {}
         total = weighted_sum(routed, terms)
@@ -173,10 +178,28 @@ class MoeLoraTrainer(SFTTrainer):
             loss = loss + total * share
         for name, value in terms.items():
             self._metrics[mode][f"aux/{name}"].append(float(value.detach()))
-        if stats is not None:
-            for name, number in stats.summary().items():
-                self._metrics[mode][f"routing/{name}"].append(number)
         return loss
+
+    def _logs_next(self) -> bool:
+        """Whether the optimiser step under way is one whose numbers are logged."""
+        step = self.state.global_step + 1
+        return step % max(1, int(self.state.logging_steps or 1)) == 0 or (step == 1 and self.args.logging_first_step)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's log, with the routing of the step's tokens, and a warning when layers collapse."""
+        model: Any = self.model
+        if self.watched is not None and model.training:
+            self.watched.reduce(self._add_up)
+            logs.update({f"routing/{name}": value for name, value in self.watched.summary().items()})
+            warning = self.alarm.update(self.watched)
+            if warning is not None and self.is_world_process_zero():
+                tqdm.write(warning, file=sys.stderr)  # above a progress bar, not through it
+            self.watched = None
+        super().log(logs, start_time)
+
+    def _add_up(self, value: torch.Tensor) -> torch.Tensor:
+        total: torch.Tensor = self.accelerator.reduce(value, "sum")
+        return total
 
     def evaluation_loop(
         self,
@@ -192,12 +215,13 @@ class MoeLoraTrainer(SFTTrainer):
         batches = (self._prepare_inputs(batch) for batch in dataloader)
         if isinstance(model, RoutedModel):
             self.routing = RoutingStats(self.tasks)
-            with collect(model, self.routing), self.compute_loss_context_manager():
+            with collect(model, self.routing, with_terms=False), self.compute_loss_context_manager():
                 sums = token_sums(self.model_wrapped, batches, self.tasks)
+            self.routing.reduce(self._add_up)
         else:
             with self.compute_loss_context_manager():
                 sums = token_sums(self.model_wrapped, batches, self.tasks)
-        sums.sums = self.accelerator.reduce(sums.sums, "sum")
+        sums.sums = self._add_up(sums.sums)
         metrics = {f"{metric_key_prefix}_loss": sums.loss}
         for task, values in sums.metrics().items():
             metrics.update({f"{metric_key_prefix}_{task}_{key}": value for key, value in values.items()})
@@ -227,7 +251,7 @@ class MoeLoraTrainer(SFTTrainer):
             if len(rows):
                 prompts = as_prompts(rows, chat=True) if chat else list(rows["prompt"])
                 answers = [row[-1]["content"] for row in rows["completion"]] if chat else list(rows["completion"])
-                found[task] = exact_match(model, tokenizer, prompts, answers)
+                found[task] = exact_match(model, tokenizer, prompts, answers, self.tasks.index(task))
         return found
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from moelora.core.factors import Factors
 from moelora.core.route import Route
 from moelora.core.tape import Site
 from moelora.experts.lora import LoRA
@@ -34,14 +35,48 @@ def test_an_expert_owns_its_rows_and_columns() -> None:
         gate[:, e] = 1
         own = slice(2 * e, 2 * e + 2)
         expected = 0.5 * x @ made.lora_A[own].t() @ made.lora_B[:, own].t()
-        torch.testing.assert_close(made(x, Route(gate, 3)), expected, rtol=1e-12, atol=1e-12)
+        route = Route(gate, 3)
+        torch.testing.assert_close(made(x, lambda *_, route=route: route), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_ranks_have_their_own_scale() -> None:
     made, x = experts(1, 3), torch.randn(4, 5, dtype=torch.float64)
     made.scale.copy_(torch.tensor([1.0, 0.0, 4.0]))
     expected = x @ (made.lora_A * made.scale.double().unsqueeze(1)).t() @ made.lora_B.t()
-    torch.testing.assert_close(made(x, Route(torch.ones(4, 1).double(), 1)), expected, rtol=1e-12, atol=1e-12)
+    route = Route(torch.ones(4, 1).double(), 1)
+    torch.testing.assert_close(made(x, lambda *_: route), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_decision_reads_the_factors_and_rank_space_only_when_asked() -> None:
+    made, x = experts(), torch.randn(4, 5, dtype=torch.float64)
+    route, seen = Route(torch.rand(4, 3, dtype=torch.float64), 3), []
+
+    def decide(factors: Factors, h: torch.Tensor | None) -> Route:
+        seen.append((factors, h))
+        return route
+
+    outputs = [made(x, decide), made(x, decide, "rank_space")]
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+    assert seen[0][1] is None and seen[0][0].A is made.lora_A and seen[0][0].anchors == ()
+    torch.testing.assert_close(seen[1][1], x @ made.lora_A.t())
+
+
+def test_experts_have_factors_of_their_own() -> None:
+    assert LoRA.gives == ("own_A",)
+
+
+def test_anchors_are_the_parameters_when_they_were_set() -> None:
+    made, seen = experts(), []
+    made.keep_anchors()
+    made.set_anchors()
+    start = made.lora_A.detach().clone()
+    with torch.no_grad():
+        made.lora_A += 1
+    made(torch.randn(4, 5).double(), lambda factors, _: seen.append(factors) or Route(torch.ones(4, 3).double(), 3))
+    pairs = dict(zip(["lora_A", "lora_B"], seen[0].anchors, strict=True))
+    assert pairs["lora_A"][0] is made.lora_A and torch.equal(pairs["lora_A"][1], start)
+    assert torch.equal(*pairs["lora_B"])
+    assert list(made.state_dict()) == ["lora_A", "lora_B", "anchor_lora_A", "anchor_lora_B"]
 
 
 def test_only_the_factors_are_parameters_and_saved() -> None:

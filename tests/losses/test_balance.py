@@ -53,6 +53,13 @@ def test_padding_changes_nothing() -> None:
         torch.testing.assert_close(LOSS(tiny.route(logits, 2), tiny.view((2, 4), mask)), alone)
 
 
+def test_answers_are_counted_alone() -> None:
+    answers, logits = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0]]).bool(), torch.randn(8, 5)
+    view = tiny.view((2, 4), answers={"input": answers}).only("answers")
+    alone = LOSS(tiny.route(logits[answers.flatten()], 2), tiny.view((3,)))
+    torch.testing.assert_close(LOSS(tiny.route(logits, 2), view), alone)
+
+
 def test_only_padding_is_zero_with_a_graph() -> None:
     route = tiny.route(torch.randn(4, 3, requires_grad=True), 1)
     term = LOSS(route, tiny.view((1, 4), torch.zeros(1, 4)))

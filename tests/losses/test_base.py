@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import moelora
-from moelora.core.errors import ConfigError
+from moelora.core.errors import ConfigError, MoeloraError
 from moelora.core.methods import Methods
-from moelora.losses.base import token_mean
+from moelora.losses.base import token_entropy, token_mean
 from moelora.losses.z import Z
 from tests import tiny
 
@@ -31,6 +36,13 @@ def test_mean_over_no_tokens_is_zero_with_a_graph() -> None:
     for some, mask in ((values, torch.zeros(3).bool()), (values[:0], None)):
         mean = token_mean(some, mask)
         assert mean.tolist() == [0, 0] and mean.requires_grad
+
+
+def test_token_entropy_is_in_nats_and_safe_at_zero() -> None:
+    probs = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]], requires_grad=True)
+    entropy = token_entropy(probs)
+    assert entropy.tolist() == pytest.approx([math.log(2), 0])
+    assert torch.autograd.grad(entropy.sum(), probs)[0].isfinite().all()
 
 
 def test_negative_weight_is_refused() -> None:
@@ -62,7 +74,8 @@ def test_unknown_loss_and_unknown_option() -> None:
 def test_a_loss_that_reads_what_the_router_does_not_give(name: str, reads: str) -> None:
     model = tiny.llama()
     keys, cls = list(model.state_dict()), type(model)
-    with pytest.raises(ConfigError, match=rf"losses\.{name} reads the router's {reads}, and router 'single' has none"):
+    message = rf"losses\.{name} reads {reads}, which neither router 'single' nor experts 'lora' have"
+    with pytest.raises(ConfigError, match=message):
         moelora.adapt(model, {"router": "single", "losses": {name: 0.1}})
     assert type(model) is cls and list(model.state_dict()) == keys
 
@@ -70,7 +83,7 @@ def test_a_loss_that_reads_what_the_router_does_not_give(name: str, reads: str) 
 def test_every_shipped_loss_says_what_it_needs() -> None:
     methods = Methods()
     for name in methods.names("losses"):
-        assert set(methods.find("losses", name).needs) <= {"logits", "probs"}
+        assert set(methods.find("losses", name).needs) <= {"logits", "probs", "core"}
 
 
 def test_the_reported_term_is_the_mean_over_layers() -> None:
@@ -85,3 +98,97 @@ def test_the_reported_term_is_the_mean_over_layers() -> None:
     (terms,) = collected.terms
     assert terms.keys() == {"z"} and terms["z"].dtype == torch.float32
     torch.testing.assert_close(terms["z"], torch.stack(per_layer).mean())
+
+
+CHATTY = """
+from moelora.core.route import Route
+from moelora.routers.base import Router
+
+
+class Chatty(Router):
+    def forward(self, x, view):
+        view.add("diversity", x.mean())
+        return Route(x.new_ones(len(x), self.num_experts), self.num_experts)
+"""
+
+
+def test_a_recorded_term_without_a_weight_is_an_error(tmp_path: Path) -> None:
+    plugin = tmp_path / "chatty.py"
+    plugin.write_text(CHATTY)
+    model = moelora.adapt(tiny.llama(), {"router": "chatty"}, plugins=[plugin], verbose=False).train()
+    with pytest.raises(MoeloraError, match=r"term 'diversity' is recorded, but has no weight; add losses: {diversity"):
+        model(**tiny.batch())
+    with pytest.raises(MoeloraError, match="'diversity' is recorded"), moelora.collect(model):
+        model(**tiny.batch())
+    assert model.eval()(**tiny.batch()).loss.isfinite()
+
+
+class Idle(nn.Module):
+    """A model that never calls one of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
+
+
+def test_a_weight_without_a_term_is_an_error() -> None:
+    config = {**tiny.METHODS["meteora"], "losses": {"z": 0.1}, "target_modules": ["idle"]}
+    model = tiny.adapt(Idle(), config).train()
+    with pytest.raises(MoeloraError, match=r"losses\.z has a weight, but no adapted layer of this model took part"):
+        model(torch.randn(2, 5))
+    model.eval()(torch.randn(2, 5))
+
+
+TWO_PROCESSES = """
+import os
+import sys
+import torch
+from torch import distributed
+from moelora.core.route import Route, top_k
+from moelora.core.tape import Site, Tape
+from moelora.losses.balance import Balance
+from moelora.losses.specialisation_balance import SpecialisationBalance
+
+child = os.fork()  # one import of torch for both
+rank = 1 if child else 0
+distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2)
+made = torch.Generator().manual_seed(1)
+logits = torch.randn(4, 5, 3, generator=made, dtype=torch.float64)
+some = (torch.rand(4, 5, generator=made) < 0.6).double()
+losses = Balance(1.0), SpecialisationBalance(1.0, entropy_coef=0.3)
+
+
+def term(of, mask):
+    probs = of.flatten(0, 1).softmax(-1)
+    view = Tape(mask={"input": mask.bool()}).view(Site("site", 0, 5, 7), mask.shape)
+    return sum(loss(Route(probs[:, :1], 3, top_k(probs, 1), probs=probs), view) for loss in losses)
+
+
+found = []
+for mask, own in ((torch.ones(4, 5), [slice(0, 2), slice(2, 4)]), (some, [slice(0, 3), slice(3, 4)])):
+    mine = logits.clone().requires_grad_()
+    share = mask[own[rank]].sum().double() / mask.sum()
+    (2 * share * term(mine[own[rank]], mask[own[rank]])).backward()  # as a trainer weighs a process's batch
+    distributed.all_reduce(mine.grad)
+    found.append((mask, mine.grad / 2))
+with torch.no_grad():  # evaluation waits for nobody
+    if rank == 0:
+        term(logits, some)
+distributed.destroy_process_group()
+for mask, averaged in found:
+    whole = logits.clone().requires_grad_()
+    term(whole, mask).backward()
+    torch.testing.assert_close(averaged, whole.grad, rtol=1e-12, atol=1e-14)
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_gradients_averaged_over_processes_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+    """First with equally many tokens each, then three rows against one, with padding, by their share of all tokens."""
+    command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path / "store")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

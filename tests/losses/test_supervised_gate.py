@@ -11,7 +11,7 @@ from moelora.core.errors import DataError
 from moelora.losses.supervised_gate import SupervisedGate
 from tests import tiny
 
-LOSS = SupervisedGate(1.0)
+LOSS, ANSWERS = SupervisedGate(1.0), SupervisedGate(1.0, "answers")
 
 
 def term(logits: Tensor, shape: tuple[int, ...], task: Tensor, mask: Tensor | None = None, **tape: Tensor) -> Tensor:
@@ -69,6 +69,30 @@ def test_padding_is_ignored_on_either_side(filler: float) -> None:
     torch.testing.assert_close(term(logits, (2, 4), torch.tensor([2, 1]), mask), expected)
 
 
+def test_answers_counts_the_tokens_that_predict_one_the_last_included() -> None:
+    # Labels at positions 2 and 3 of the first row and 1 and 2 of the second, which ends in padding.
+    answers = torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0]]).bool()
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    view = tiny.view((2, 4), mask, task=torch.tensor([2, 0]), answers={"input": answers}).only("answers")
+    expected = by_hand(LOGITS, [None, 2, 2, None, 0, 0, None, None])
+    torch.testing.assert_close(ANSWERS(tiny.route(LOGITS, 1), view), expected)
+
+
+def test_answers_stop_at_the_borders_of_packed_sequences() -> None:
+    # A label at the start of the second sequence is no answer to the first.
+    answers = torch.tensor([[0, 1, 1, 1, 1, 0, 0, 0]]).bool()
+    tape = {"task": torch.tensor([[1, 1, 1, 2, 2, 2, 2, 2]]), "positions": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])}
+    view = tiny.view((1, 8), answers={"input": answers}, **tape).only("answers")
+    expected = by_hand(LOGITS, [None, 1, None, 2, 2, None, None, None])
+    torch.testing.assert_close(ANSWERS(tiny.route(LOGITS, 1), view), expected)
+
+
+def test_a_stream_without_answers_keeps_all_its_tokens() -> None:
+    mask, task = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]), torch.tensor([2, 0])
+    view = tiny.view((2, 4), mask, task=task, answers={"decoder": torch.ones(2, 3).bool()}).only("answers")
+    torch.testing.assert_close(ANSWERS(tiny.route(LOGITS, 1), view), term(LOGITS, (2, 4), task, mask))
+
+
 def test_confident_and_right_is_zero() -> None:
     """M5."""
     logits = torch.zeros(8, 3)
@@ -122,9 +146,12 @@ def test_a_model_takes_task_ids() -> None:
     torch.testing.assert_close(collected.terms[0]["supervised_gate"], expected)
 
 
-def test_a_packed_batch_gives_the_term_of_a_padded_one() -> None:
-    model = tiny.adapted("llama", "meteora", losses={"supervised_gate": 0.5}, dtype=torch.float64)
+@pytest.mark.parametrize("tokens", ["all", "answers"])
+def test_a_packed_batch_gives_the_term_of_a_padded_one(tokens: str) -> None:
+    losses = {"supervised_gate": {"weight": 0.5, "tokens": tokens}}
+    model = tiny.adapted("llama", "meteora", losses=losses, dtype=torch.float64)
     batch, tasks = tiny.batch(), torch.tensor([2, 0, 1])
+    batch["labels"][:, :2] = -100
     lengths = batch["attention_mask"].sum(1).tolist()
     real = batch["attention_mask"].bool()
     packed = {

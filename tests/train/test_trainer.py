@@ -176,15 +176,57 @@ def test_evaluation_sums_token_losses_by_task(tmp_path: Path) -> None:
     assert 0 <= metrics["eval_count_accuracy"] <= 1
     assert "eval_reverse_accuracy" not in metrics
     assert run.routing is not None
-    assert set(run.routing.mass) == {layer.site.name for layer in routed_layers(run.model)}
+    assert set(run.routing.layers) == {layer.site.name for layer in routed_layers(run.model)}
 
 
 def test_logs_show_terms_and_routing(tmp_path: Path) -> None:
     run = trainer(tmp_path, METEORA, max_steps=2)
     run.train()
     first = run.state.log_history[0]
-    for key in ("loss", "aux/supervised_gate", "aux/balance", "routing/load_entropy", "routing/dead"):
+    figures = ("load_entropy", "dead", "top1", "token_entropy", "agreement", "collapsed")
+    for key in ("loss", "aux/supervised_gate", "aux/balance", *(f"routing/{name}" for name in figures)):
         assert key in first, key
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_the_routing_logged_is_that_of_all_micro_batches_of_the_step(tmp_path: Path, strategy: str) -> None:
+    """Logged once an epoch, it is that of all steps that were watched since."""
+    small = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    run = trainer(tmp_path, METEORA, max_steps=4, logging_steps=2, logging_strategy=strategy, **small)
+    batches = [batch["attention_mask"].sum() for batch in run.get_train_dataloader()]
+    seen: list[float] = []
+    run.alarm.update = lambda stats: seen.extend(  # type: ignore[method-assign]
+        {float(layer.tokens.sum()) for layer in stats.layers.values()}
+    )
+    run.train()
+    steps = [float(batches[2] + batches[3]), float(batches[6] + batches[7])]
+    assert seen == (steps if strategy == "steps" else [sum(steps)])
+    logged = [row for row in run.state.log_history if "loss" in row]
+    assert all("routing/top1" in row for row in logged) and len(logged) == len(seen)
+    assert run.watched is None
+
+
+def test_a_collapse_is_told_once_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trainer(tmp_path, {**METEORA, "losses": {}}, max_steps=4, learning_rate=0.0)
+    with torch.no_grad():
+        for layer in routed_layers(run.model)[1:]:
+            layer.router.weight.zero_()  # all scores equal: the first expert for every token
+    run.train()
+    shown = capsys.readouterr().err
+    assert shown.count("routing has collapsed in 7 of 8 layers; worst is model.layers.0.mlp.down_proj") == 1
+    assert shown.count("routing has collapsed") == 1
+    logged = [row["routing/collapsed"] for row in run.state.log_history if "routing/collapsed" in row]
+    assert logged == [7, 7, 7, 7]
+
+
+def test_evaluation_computes_no_terms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("a term was computed")
+
+    run = trainer(tmp_path, METEORA)
+    for loss in run.model.moelora.losses.values():
+        monkeypatch.setattr(type(loss), "__call__", fail)
+    assert run.measure()["eval_routing/agreement"] >= 0
 
 
 def test_smora_biases_move_once_per_optimiser_step(tmp_path: Path) -> None:
@@ -200,7 +242,8 @@ def test_smora_biases_move_once_per_optimiser_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize("router", ["smora", "meteora"])
 def test_half_a_run_resumed_is_the_whole_run_bit_for_bit(tmp_path: Path, router: str) -> None:
     smora = {"experts": {"r": 4, "lora_dropout": 0.1}, "router": {"name": "smora", "top_k": 2}}
-    adapter = smora if router == "smora" else METEORA
+    held = {**METEORA, "losses": {**METEORA["losses"], "l2_preservation": 0.1}}
+    adapter = smora if router == "smora" else held
     whole = trainer(tmp_path / "whole", adapter, max_steps=4)
     whole.train()
     half = trainer(tmp_path / "half", adapter, max_steps=4, save_strategy="steps", save_steps=2)
