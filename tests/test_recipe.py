@@ -12,8 +12,10 @@ from moelora.core.errors import ConfigError
 from moelora.core.validate import _section
 from moelora.recipe import Recipe, check_recipe, read_recipe, shipped_recipes
 
+RUNS = sorted(name for name, path in shipped_recipes().items() if "recipes:" not in path.read_text(encoding="utf-8"))
 
-@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+
+@pytest.mark.parametrize("name", RUNS)
 def test_every_shipped_recipe_is_valid_and_says_what_it_is(name: str) -> None:
     recipe = read_recipe(name)
     assert recipe.output_dir == Path("out") / name
@@ -78,7 +80,7 @@ def test_a_recipe_cannot_name_code() -> None:
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no recipe nowhere.*known: local_tasks"):
+    with pytest.raises(ConfigError, match=r"no recipe nowhere.*known: adamole"):
         read_recipe("nowhere")
     (tmp_path / "bad.yaml").write_text("a: [", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"bad\.yaml: not YAML"):

@@ -19,6 +19,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -28,8 +30,10 @@ import moelora
 from moelora.core.methods import Methods
 from moelora.core.route import Route
 from moelora.core.tape import Site, Tape, View
+from moelora.experts.base import Experts
 from moelora.model.layer import RoutedLinear
 from moelora.model.record import routed_layers
+from moelora.routers.base import Router
 
 VOCAB = 64
 HIDDEN = 32
@@ -89,6 +93,13 @@ def t5(seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> T5F
     return _seeded(T5ForConditionalGeneration, config, seed, dtype)
 
 
+def mamba(seed: int = 0, dtype: torch.dtype = torch.float32) -> MambaForCausalLM:
+    """A state-space model. Its dt_proj is never called: the weight is multiplied by hand."""
+    shape = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "state_size": 4, "num_hidden_layers": 2, "time_step_rank": 4}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return _seeded(MambaForCausalLM, MambaConfig(**shape, **ids, **SMALL_INIT), seed, dtype)
+
+
 MODELS: dict[str, Callable[..., Any]] = {"llama": llama, "gpt2": gpt2, "bert": bert, "t5": t5}
 
 TARGETS: dict[str, list[str]] = {
@@ -98,9 +109,16 @@ TARGETS: dict[str, list[str]] = {
     "t5": ["q", "v", "wo"],
 }
 
+FFN_TARGETS: dict[str, list[str]] = {
+    "llama": ["gate_proj", "up_proj", "down_proj"],
+    "gpt2": ["c_fc", "mlp.c_proj"],
+    "t5": ["wi", "wo"],
+}
+"""Whole feed-forward blocks, for routers around them; BERT's lie in two modules."""
+
 _ANY = {"experts": {"num_experts": 4, "r": 4, "lora_alpha": 8}}
 _DRY = {"xlora_dropout_p": 0.0}
-_CORES = {"experts": {"name": "core", "num_experts": 4, "r": 4, "lora_alpha": 8}}
+_CORES = {"experts": {"name": "core", "num_experts": 4, "r": 3, "lora_alpha": 6}}  # r is not the number of experts
 METHODS: dict[str, dict[str, Any]] = {
     **{name: {"router": name, **_ANY} for name in Methods().names("routers")},  # a new router is tested at its defaults
     "single": {"router": "single", "experts": {"r": 4, "lora_alpha": 8}},
@@ -116,9 +134,20 @@ METHODS: dict[str, dict[str, Any]] = {
         "router": {"name": "meteora", "top_k": 2, "temperature": 2.0},
         "experts": {"num_experts": 3, "r": 4, "lora_alpha": 8},
     },
+    "softmax_top2": {"router": {"name": "softmax", "top_k": 2, "renorm": False}, **_ANY},
+    "hydra": {"router": "softmax", "experts": {"name": "hydra", "num_experts": 4, "r": 4, "lora_alpha": 8}},
+    "task_shared": {"router": {"name": "task", "gate": "table", "num_tasks": 3, "shared": True}, **_ANY},
+    "lora_mixer_hard": {"router": {"name": "lora_mixer", "routing": "hard"}, **_ANY},
+    "lora_mixer_through": {"router": {"name": "lora_mixer", "routing": "straight_through", "top_k": 2}, **_ANY},
+    "smear_merged": {"router": "smear", "experts": {"name": "merged", "num_experts": 4, "r": 4, "lora_alpha": 8}},
+    "flylora": {
+        "router": {"name": "flylora", "top_k": 3, "bias_update_rate": 0.01},
+        "experts": {"r": 8, "lora_alpha": 8, "train": "B"},
+        "init": {"name": "sparse", "density": 0.4},
+    },
     "comol": {"router": "comol", **_CORES},
     "comol_x": {"router": {"name": "comol", "route_on": "x"}, **_CORES},
-    "xlora": {"router": {"name": "xlora", "xlora_dropout_p": 0.0}, **_ANY},
+    "xlora": {"router": {"name": "xlora", **_DRY}, **_ANY},
     "xlora_layers": {
         "router": {"name": "xlora", "xlora_depth": 2, "xlora_size": 8, "layerwise_scalings": True, "top_k": 2, **_DRY},
         **_ANY,
@@ -127,9 +156,33 @@ METHODS: dict[str, dict[str, Any]] = {
 """One configuration per router, and more for the options that change what it does."""
 
 
+def router_of(method: str) -> type[Router]:
+    """The class of a method's router: what it says of itself decides which tests it takes part in."""
+    router = METHODS[method]["router"]
+    found: type[Router] = Methods().find("routers", router if isinstance(router, str) else router["name"])
+    return found
+
+
+def experts_of(method: str) -> type[Experts]:
+    """The class of a method's experts."""
+    found: type[Experts] = Methods().find("experts", METHODS[method]["experts"].get("name", "lora"))
+    return found
+
+
 def fits(kind: str, method: str) -> bool:
-    """Whether a method runs on a kind of model: X-LoRA reads one stream of tokens."""
-    return not (method.startswith("xlora") and kind in ("bert", "t5"))
+    """Whether a method runs on a kind of model.
+
+    A router of hidden states reads one stream of tokens: neither BERT's pooled states nor an encoder-decoder's two.
+    """
+    router = router_of(method)
+    if router.reads == "hidden":
+        return kind not in ("bert", "t5")
+    return router.around == "linear" or kind in FFN_TARGETS
+
+
+def targets(kind: str, method: str) -> list[str]:
+    """The layers that a method adapts on a kind of model."""
+    return (TARGETS if router_of(method).around == "linear" else FFN_TARGETS)[kind]
 
 
 PAIRS = [(method, kind) for kind in MODELS for method in METHODS if fits(kind, method)]
@@ -153,6 +206,12 @@ def batch(kind: str = "llama", rows: int = 3, length: int = 7, seed: int = 1, pa
         labels[0, -2:] = -100
         return {**given, "labels": labels}
     return {**given, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def given(kind: str = "llama", seed: int = 1, **how: Any) -> dict[str, Tensor]:
+    """A batch with the task of every row, which routers by task need and others ignore."""
+    made = batch(kind, seed=seed, **how)
+    return {**made, "task_ids": torch.arange(len(made["input_ids"])) % 3}
 
 
 def checkpointing(model: Any, **kwargs: Any) -> Any:
@@ -188,7 +247,7 @@ def adapted(kind: str, method: str = "smora", seed: int = 0, noise: float = 0.3,
     """A tiny model with experts. noise: spread of a random lora_B, so that experts matter; 0 leaves it zero."""
     dtype = more.pop("dtype", torch.float32)
     model = MODELS[kind](seed, dtype, **more.pop("options", {}))
-    config = {**METHODS[method], "target_modules": TARGETS[kind], **more}
+    config = {**METHODS[method], "target_modules": targets(kind, method), **more}
     return shake(adapt(model, config, seed), noise, seed)
 
 
@@ -201,11 +260,12 @@ def adapt(model: Any, config: dict[str, Any], seed: int = 0) -> Any:
 
 @torch.no_grad()
 def shake(model: Any, noise: float = 0.3, seed: int = 0) -> Any:
-    """Give every expert a random lora_B, as if trained."""
+    """Give every expert a random lora_B, and let routers prepare for it, as if trained ones had been loaded."""
     made = torch.Generator().manual_seed(seed + 2)
     for layer in routed_layers(model):
         b = layer.experts.lora_B
         b.copy_(noise * torch.randn(b.shape, generator=made, dtype=torch.float64))
+        layer.router.prepare(layer.experts.factors())
     return model
 
 

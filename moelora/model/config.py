@@ -30,7 +30,7 @@ class ExpertsConfig(Strict):
     """``experts:``, in PEFT's words; keys beyond these belong to the parameterisation ``name``.
 
     num_experts: one number, or a list over the depth of the model: as many equal groups of blocks as it has entries
-    (MoLA, arXiv 2402.08562). train: ``all``, ``B`` (A stays as initialised) or ``none`` (only the router learns).
+    (MoLA, arXiv 2402.08562). train: ``all``, ``B`` (nothing but B, as in LoRA-FA) or ``none`` (the router alone).
     adapters: folders written by moelora whose experts, in order, are the experts to start from.
     """
 

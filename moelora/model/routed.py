@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from moelora.core.errors import MoeloraError
 from moelora.core.route import Route
 from moelora.core.tape import Collector, Port, Tape, View
 from moelora.model.cache import accompany, companion_of
+from moelora.model.inputs import answers_of, masks_of, token_share, two_streams
 from moelora.model.plan import last_hidden
 from moelora.model.record import Adaptation, adaptation, routed_layers
 from moelora.model.write import write
@@ -52,8 +52,8 @@ class RoutedModel(nn.Module):
         collector = port.collectors[-1] if port.collectors else None
         training = self.training and torch.is_grad_enabled()
         tape = Tape(
-            mask=_masks(given),
-            answers=_answers(self, given),
+            mask=masks_of(given),
+            answers=answers_of(self, given),
             task=task_ids,
             positions=given.get("position_ids"),
             with_terms=training or (collector is not None and collector.with_terms),
@@ -129,7 +129,7 @@ class RoutedModel(nn.Module):
         """``generate`` runs an encoder by itself before the first step: inside a tape of its own."""
         port = self.moelora.port
         observer = port.collectors[-1].observer if port.collectors else None
-        with port.on(Tape(mask=_masks(given), task=given.get("task_ids"), observer=observer)):
+        with port.on(Tape(mask=masks_of(given), task=given.get("task_ids"), observer=observer)):
             yield
 
     def save_pretrained(
@@ -175,22 +175,6 @@ def weighted_sum(model: RoutedModel, terms: dict[str, Tensor]) -> Tensor | None:
     losses = model.moelora.losses
     weighted = [losses[name].weight * value for name, value in terms.items() if losses[name].weight]
     return torch.stack(weighted).sum() if weighted else None
-
-
-def token_share(model: nn.Module, given: dict[str, Any]) -> Tensor | float:
-    """This batch's part of the tokens that the trainer's loss is normalised by; 1 without gradient accumulation.
-
-    A trainer that passes ``num_items_in_batch`` divides the summed token loss of each micro-batch by the tokens of
-    all of them (over processes too). Auxiliary means weighted by the same shares add up to their mean over the whole
-    batch.
-    """
-    total = given.get("num_items_in_batch")
-    labels = given.get("shift_labels", given.get("labels"))
-    if total is None or labels is None:
-        return 1.0
-    if "shift_labels" not in given and _causal(model) and not _two_streams(model):  # as transformers' trainer counts
-        labels = labels[..., 1:]
-    return labels.ne(-100).sum() / total
 
 
 def after_step(model: RoutedModel) -> None:
@@ -250,44 +234,10 @@ def _mean(values: list[Tensor]) -> Tensor:
     return torch.stack([value.to(first) for value in wide]).mean()
 
 
-def _masks(given: dict[str, Any]) -> dict[str, Tensor]:
-    """Valid tokens per stream, from the masks that the model itself reads."""
-    found = {"input": given.get("attention_mask"), "decoder": given.get("decoder_attention_mask")}
-    labels = given.get("labels")
-    if found["decoder"] is None and isinstance(labels, Tensor) and labels.dim() == 2:
-        found["decoder"] = labels.ne(-100)
-    return {stream: mask.bool() for stream, mask in found.items() if isinstance(mask, Tensor) and mask.dim() == 2}
-
-
-def _answers(model: nn.Module, given: dict[str, Any]) -> dict[str, Tensor]:
-    """Per stream, which tokens' predictions carry loss, from [B, S] labels."""
-    labels, shifted = given.get("labels"), given.get("shift_labels")
-    if isinstance(shifted, Tensor) and shifted.dim() == 2:
-        return {"input": shifted.ne(-100)}
-    if not isinstance(labels, Tensor) or labels.dim() != 2:
-        return {}
-    if _two_streams(model):
-        return {"decoder": labels.ne(-100)}
-    unnamed = getattr(model, "loss_type", "") is None and model.can_generate()  # type: ignore[operator]
-    if not (_causal(model) or unnamed):  # transformers gives an unnamed loss (GPT2LMHeadModel) the causal one
-        return {"input": labels.ne(-100)}
-    return {"input": torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100).ne(-100)}
-
-
 def _continued(model: RoutedModel, kept: dict[int, Tensor]) -> dict[int, Tensor]:
     """What was kept of tokens that others follow in a cache: not an encoder's, which starts anew each time."""
-    two, sites = _two_streams(model), model.moelora.sites
+    two, sites = two_streams(model), model.moelora.sites
     return {index: value for index, value in kept.items() if not two or sites[index].stream == "decoder"}
-
-
-def _two_streams(model: nn.Module) -> bool:
-    """Whether it is an encoder-decoder."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def _causal(model: nn.Module) -> bool:
-    """Whether the model's loss, by its name, compares a token's prediction with the label of the next."""
-    return LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss
 
 
 def _refuse_bypassed(model: RoutedModel, tape: Tape) -> None:

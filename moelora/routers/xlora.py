@@ -97,7 +97,7 @@ class XLoRA(Router):
         return scores.unflatten(-1, (-1, self.num_experts))
 
     def forward(self, x: Tensor, view: View) -> Route:
-        scores = view.plan[:, view.site.index if self.layerwise else 0]
+        scores = view.plan[:, view.site.index if self.layerwise else 0].to(x.device)
         logits = scores / self.temperature if self.softmax else scores
         probs = logits.softmax(-1)
         scalings, index = probs if self.softmax else scores, None

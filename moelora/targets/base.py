@@ -17,8 +17,11 @@ _CROSS = re.compile(
 
 def describe(model: nn.Module, names: list[str], layers_pattern: list[str] | str | None = None) -> list[Site]:
     """A site for each of the named layers (Linear or Conv1D), in their order."""
-    numbers = [block_of(name, layers_pattern) for name, _ in model.named_modules() if name]
-    blocks = 1 + max((number for number in numbers if number is not None), default=-1)
+    depth: dict[str, int] = {}  # by the path of the stack that holds the blocks
+    for name, _ in model.named_modules():
+        stack, number = _stack_of(name, layers_pattern)
+        if number is not None:
+            depth[stack] = max(depth.get(stack, 0), number + 1)
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     hidden_size = getattr(text, "hidden_size", None)
@@ -30,17 +33,22 @@ def describe(model: nn.Module, names: list[str], layers_pattern: list[str] | str
             if isinstance(module, Conv1D)
             else (module.in_features, module.out_features)
         )
-        block = block_of(name, layers_pattern)
-        stream = _stream(model, name)
+        stack, block = _stack_of(name, layers_pattern)
+        blocks, stream = depth.get(stack, 0), _stream(model, name)
         sites.append(Site(name, index, int(wide), int(out), stream, len(names), block, blocks, hidden_size))
     return sites
 
 
 def block_of(name: str, pattern: list[str] | str | None) -> int | None:
     """The first number in a layer's path (a later one may count experts)."""
+    return _stack_of(name, pattern)[1]
+
+
+def _stack_of(name: str, pattern: list[str] | str | None) -> tuple[str, int | None]:
+    """The path of the module list that holds a layer's block, and the block's number in it."""
     patterns = [pattern] if isinstance(pattern, str) else pattern or [r"[^.]*"]
-    found = (re.match(rf"(?:^|.*?\.){part}\.(\d+)\.", name) for part in patterns)
-    return next((int(match.group(1)) for match in found if match), None)
+    found = (re.match(rf"((?:^|.*?\.){part})\.(\d+)\.", name) for part in patterns)
+    return next(((match.group(1), int(match.group(2))) for match in found if match), ("", None))
 
 
 def _stream(model: nn.Module, name: str) -> str:

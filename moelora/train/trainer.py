@@ -27,7 +27,8 @@ from moelora.data.progress import quiet_if_small
 from moelora.data.prompts import as_prompts
 from moelora.eval.evaluate import exact_match, token_sums
 from moelora.eval.routing import CollapseAlarm, RoutingStats
-from moelora.model.routed import RoutedModel, after_step, collect, token_share, weighted_sum
+from moelora.model.inputs import token_share
+from moelora.model.routed import RoutedModel, after_step, collect, weighted_sum
 from moelora.model.save import restore
 from moelora.train.progress import LossBar
 

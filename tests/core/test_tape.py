@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moelora.core.errors import MoeloraError
+from moelora.core.errors import DataError, MoeloraError
 from moelora.core.route import Route
 from moelora.core.tape import Port, Site, Tape, View
 
@@ -67,6 +67,85 @@ def test_task_per_token() -> None:
 def test_task_of_another_batch_size_is_unknown() -> None:
     tape = Tape(task=torch.tensor([4, 9]))
     assert look(tape, 6).task is None and look(tape).task is None
+
+
+def test_task_of_a_shape_without_sequences() -> None:
+    assert look(Tape(task=torch.tensor(4))).task.tolist() == [4]  # one token and its task
+    assert look(Tape(task=torch.tensor(4)), 2, 3).task is None
+    assert look(Tape(task=torch.arange(6).view(1, 2, 3)), 1, 2, 3).task.tolist() == list(range(6))
+
+
+# Answers
+
+
+ANSWERS = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0]]).bool()
+
+
+def test_only_all_is_the_view_itself() -> None:
+    view = look(Tape(mask={"input": MASK}), 2, 4)
+    assert view.only("all") is view
+
+
+def test_only_answers_narrows_the_mask() -> None:
+    view = look(Tape(mask={"input": MASK}, answers={"input": ANSWERS | ~MASK}), 2, 4)
+    assert torch.equal(view.only("answers").mask, (ANSWERS & MASK).reshape(-1))
+    assert torch.equal(view.mask, MASK.reshape(-1))  # as it was
+    bare = look(Tape(answers={"input": ANSWERS}), 2, 4)
+    assert bare.mask is None and torch.equal(bare.only("answers").mask, ANSWERS.reshape(-1))
+
+
+def test_answers_are_those_of_the_views_own_stream() -> None:
+    tape = Tape(mask={"input": MASK}, answers={"decoder": ANSWERS[:, :3]})
+    assert torch.equal(look(tape, 2, 3, site=DECODER).only("answers").mask, ANSWERS[:, :3].reshape(-1))
+    encoder = look(tape, 2, 4)
+    assert encoder.only("answers") is encoder  # no answer is predicted there: all its real tokens count
+
+
+def test_states_that_are_no_tokens_have_no_answers() -> None:
+    pooled = look(Tape(mask={"input": MASK}, answers={"input": ANSWERS}), 2)
+    assert pooled.answers is None and pooled.only("answers") is pooled
+
+
+def test_only_answers_needs_labels() -> None:
+    with pytest.raises(DataError, match=r"tokens: answers needs labels \[B, S\] in the batch"):
+        look(Tape(mask={"input": MASK}), 2, 4).only("answers")
+
+
+# What is kept for the tokens that follow
+
+
+def test_what_a_site_keeps_is_its_own_and_without_a_graph() -> None:
+    tape = Tape(past={0: torch.ones(2, 3)})
+    first, second = look(tape, 2, 4), look(tape, 2, 4, site=DECODER)
+    assert torch.equal(first.past, torch.ones(2, 3)) and second.past is None
+    second.keep(torch.zeros(2, 3, requires_grad=True) * 2)
+    assert tape.kept.keys() == {1} and not tape.kept[1].requires_grad
+    assert second.past is None  # it is for the next pass
+
+
+def test_a_recomputation_keeps_nothing() -> None:
+    tape = Tape()
+    with tape.replay([]):
+        look(tape, 2, 4).keep(torch.ones(2))
+    assert not tape.kept
+
+
+def test_a_view_counts_as_a_call() -> None:
+    tape = Tape()
+    look(tape, 2, 4, site=DECODER)
+    assert tape.called == {1} and not tape.read
+
+
+# The plan
+
+
+def test_a_plan_is_that_of_the_views_tokens() -> None:
+    plan = torch.arange(24.0).view(2, 2, 2, 3)
+    assert torch.equal(look(Tape(plan=plan), 2, 2).plan, plan.view(4, 2, 3))
+    with pytest.raises(MoeloraError, match="call the whole model, not a part"):
+        _ = look(Tape(), 2, 2).plan
+    with pytest.raises(MoeloraError, match=r"'layer' reads \(4,\) states and the model has \(2, 2\) tokens"):
+        _ = look(Tape(plan=plan), 4).plan
 
 
 def test_terms_and_loads_are_recorded_per_name_and_site() -> None:

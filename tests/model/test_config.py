@@ -13,10 +13,19 @@ from moelora.core.methods import Methods
 from moelora.model.config import AdapterConfig, resolve
 
 FULL = {
-    "experts": {"name": "lora", "num_experts": 4, "r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "use_rslora": True},
+    "experts": {
+        "name": "lora",
+        "num_experts": 4,
+        "r": 2,
+        "lora_alpha": 4,
+        "lora_dropout": 0.1,
+        "use_rslora": True,
+        "train": "all",
+        "adapters": [],
+    },
     "router": {"name": "meteora", "top_k": 1, "temperature": 2.0},
     "init": {"name": "kaiming"},
-    "losses": {"z": {"weight": 0.1}},
+    "losses": {"z": {"weight": 0.1, "tokens": "answers"}},
     "target_modules": ["q_proj"],
     "exclude_modules": None,
     "layers_to_transform": [0],
@@ -55,7 +64,7 @@ def test_a_name_stands_for_a_method_with_its_defaults() -> None:
 
 def test_a_number_stands_for_a_loss_with_its_weight() -> None:
     config = resolve({"router": "smora", "losses": {"z": 1, "balance": {"weight": 0.5}}}, Methods())
-    assert config.losses == {"z": {"weight": 1.0}, "balance": {"weight": 0.5}}
+    assert config.losses == {"z": {"weight": 1.0, "tokens": "all"}, "balance": {"weight": 0.5, "tokens": "all"}}
 
 
 def test_resolving_twice_changes_nothing() -> None:

@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import pipeline
 
 import moelora
+from moelora.core.errors import DataError
 from moelora.model.record import routed_layers
 from tests import tiny
 
-METHODS = ["single", "smora", "smora_blocks", "meteora"]
+KINDS = ["llama", "gpt2", "t5"]
 NEW = 8
 
 
@@ -26,7 +27,7 @@ def model_for(kind: str, method: str, **more: Any) -> Any:
 
 
 def prompts(kind: str, left_padded: bool) -> dict[str, Tensor]:
-    given = tiny.unlabelled(tiny.batch(kind, rows=3, length=6, padded=False))
+    given = tiny.unlabelled(tiny.given(kind, rows=3, length=6, padded=False))
     if left_padded:
         for row, cut in enumerate([0, 2, 4]):
             given["attention_mask"][row, :cut] = 0
@@ -46,7 +47,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["smora", "meteora"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("left_padded", [False, True])
@@ -59,10 +60,69 @@ def test_a_cache_changes_nothing(kind: str, method: str, strategy: str, left_pad
     assert not torch.equal(cached, base)  # the experts had a say
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_router_decodes_with_a_cache(method: str) -> None:
-    model, given = model_for("llama", method), prompts("llama", True)
-    assert torch.equal(generated(model, given, use_cache=True), generated(model, given, use_cache=False))
+def carried(method: str) -> bool:
+    """Whether a cache has to carry something for the router."""
+    return tiny.router_of(method).remembers or tiny.router_of(method).reads == "hidden"
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "strategy"),
+    [
+        (method, kind, strategy)
+        for method, kind in tiny.PAIRS
+        for strategy in (["greedy", "beams"] if carried(method) else ["greedy"])
+        if kind in KINDS
+    ],
+)
+def test_every_router_decodes_with_a_cache(method: str, kind: str, strategy: str) -> None:
+    model, given, how = model_for(kind, method), prompts(kind, True), STRATEGIES[strategy]
+    cached = generated(model, given, use_cache=True, **how)
+    assert torch.equal(cached, generated(model, given, use_cache=False, **how))
+
+
+@pytest.mark.parametrize(("method", "kind"), [(method, kind) for method, kind in tiny.PAIRS if kind in KINDS])
+def test_generation_sees_what_one_forward_over_its_text_sees(method: str, kind: str) -> None:
+    """The same masks, tasks and memories, in an encoder that runs by itself too."""
+    model, given = model_for(kind, method), prompts(kind, True)
+    out = generated(model, given, return_dict_in_generate=True, output_logits=True)
+    if kind == "t5":
+        with torch.no_grad():
+            logits = model(**given, decoder_input_ids=out.sequences[:, :-1]).logits
+    else:
+        mask = torch.cat([given["attention_mask"], torch.ones(3, NEW, dtype=torch.long)], 1)
+        text = {"input_ids": out.sequences, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        with torch.no_grad():
+            logits = model(**text, task_ids=given["task_ids"]).logits[:, :-1]
+    torch.testing.assert_close(torch.stack(out.logits, 1), logits[:, -NEW:].float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_tasks_reach_every_step(kind: str, strategy: str) -> None:
+    model, given, seen = model_for(kind, "smora"), prompts(kind, True), []
+    beams = STRATEGIES[strategy].get("num_beams", 1)
+    with moelora.collect(model, lambda view, route: seen.append((view.site.name, view.shape, view.task))):
+        generated(model, given, **STRATEGIES[strategy])
+    steps = [shape for name, shape, _ in seen if name == model.moelora.sites[-1].name]
+    assert len(steps) == NEW
+    for name, shape, task in seen:
+        rows = given["task_ids"].repeat_interleave(1 if name.startswith("encoder.") else beams)
+        assert torch.equal(task.view(shape), rows.unsqueeze(1).expand(shape)), name
+    assert kind != "t5" or any(name.startswith("encoder.") for name, *_ in seen)
+
+
+def test_a_misspelt_argument_is_still_refused() -> None:
+    model, given = model_for("llama", "smora"), prompts("llama", False)
+    with pytest.raises(ValueError, match=r"model_kwargs` are not used.*task_idz"):
+        model.generate(**{**given, "task_idz": given["task_ids"]}, max_new_tokens=1)
+    with pytest.raises(ValueError, match=r"model_kwargs` are not used.*task_ids"):
+        tiny.llama().generate(**given, max_new_tokens=1)  # a base model has no routers
+
+
+def test_a_router_by_task_cannot_do_without() -> None:
+    for kind in KINDS:
+        with pytest.raises(DataError, match=r"routers\.task routes by task.*pass task_ids"):
+            generated(model_for(kind, "task"), tiny.unlabelled(tiny.batch(kind)))
 
 
 def test_a_static_cache_changes_nothing() -> None:
@@ -73,7 +133,8 @@ def test_a_static_cache_changes_nothing() -> None:
 def test_a_padded_prompt_continues_as_it_does_alone() -> None:
     model, given = model_for("llama", "smora"), prompts("llama", True)
     together = generated(model, given)[2, -NEW:]
-    alone = generated(model, {key: value[2:, 4:] for key, value in given.items()})[0, -NEW:]
+    row = {key: value[2:, 4:] if value.dim() == 2 else value[2:] for key, value in given.items()}
+    alone = generated(model, row)[0, -NEW:]
     assert torch.equal(together, alone)
 
 

@@ -26,6 +26,7 @@ GRADS = ["x", "A", "B", "weight", "core"]
 def oracle(case: dict[str, Any]) -> Tensor:
     """delta [T, O], token by token and unit by unit, as the docstring of ``ops/reference.py`` says."""
     x, A, B, scale, core = (case[key] for key in ("x", "A", "B", "scale", "core"))
+    A = torch.eye(x.shape[1], dtype=x.dtype) if A is None else A
     G, R, rows = case["units"], A.shape[0], []
     for t in range(x.shape[0]):
         gate = [x.new_zeros(())] * G
@@ -40,6 +41,11 @@ def oracle(case: dict[str, Any]) -> Tensor:
             u = [sum(gate[q] * core[q, i, j] * h[j] for q in range(G) for j in range(R)) for i in range(R)]
         rows.append(sum((B[:, c] * scale[c] * u[c] for c in range(B.shape[1])), x.new_zeros(B.shape[0])))
     return torch.stack(rows) if rows else x.new_zeros(0, B.shape[0])
+
+
+def in_rank_space(case: dict[str, Any]) -> dict[str, Any]:
+    """The same case for an operator that is given h = A x."""
+    return {**case, "x": case["x"] @ case["A"].t(), "A": None}
 
 
 def make(
@@ -118,6 +124,25 @@ def test_equals_the_loop(mix: str, k: int | None, T: int) -> None:
 
 
 @pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("k", [None, 1, 2, 4])
+@pytest.mark.parametrize("T", [0, 1, 7])
+def test_in_rank_space_it_equals_the_loop(mix: str, k: int | None, T: int) -> None:
+    assert_agree(in_rank_space(make(mix, T=T, k=k)))
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("k", [None, 2])
+def test_two_steps_equal_one(mix: str, k: int | None) -> None:
+    def two_steps(leaves: dict[str, Any]) -> Tensor:
+        return run({**leaves, "x": routed_lora.down(leaves["x"], leaves["A"]), "A": None})
+
+    case = make(mix, k=k)
+    expected, actual = differentiate(run, case), differentiate(two_steps, case)
+    for key, value in expected.items():
+        torch.testing.assert_close(actual[key], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 2, 5, 1), (13, 11, 3, 3), (2, 17, 1, 4)])
 def test_equals_the_loop_at_odd_sizes(mix: str, shape: tuple[int, int, int, int]) -> None:
     D, out, units, r = shape
@@ -175,9 +200,31 @@ def test_only_asked_gradients_are_computed(
 
 
 @pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("asked", [("x",), ("weight",), ("B",), ("core",), ("x", "weight", "B")])
+def test_in_rank_space_only_asked_gradients_are_computed(
+    mix: str, asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = in_rank_space(make(mix, k=2))
+    asked = tuple(key for key in asked if case[key] is not None) or ("x",)
+    full, leaves, returned, original = differentiate(run, case), tracked(case), [], reference.backward
+    for key in GRADS:
+        if leaves[key] is not None:
+            leaves[key].requires_grad_(key in asked)
+    monkeypatch.setattr(reference, "backward", lambda *args: returned.append(original(*args)) or returned[-1])
+    y = run(leaves)
+    y.backward(torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y))
+    for key in asked:
+        assert torch.equal(leaves[key].grad, full[key])
+    (grads,) = returned
+    assert [key for key, grad in zip(GRADS, grads, strict=True) if grad.numel()] == [k for k in GRADS if k in asked]
+
+
+@pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("k", [None, 2])
-def test_gradcheck(mix: str, k: int | None) -> None:
-    case = tracked(make(mix, T=3, k=k))
+@pytest.mark.parametrize("given_h", [False, True])
+def test_gradcheck(mix: str, k: int | None, given_h: bool) -> None:
+    case = make(mix, T=3, k=k)
+    case = tracked(in_rank_space(case) if given_h else case)
     wanted = [key for key in GRADS if case[key] is not None]
 
     def function(*values: Tensor) -> Tensor:
@@ -190,8 +237,10 @@ def test_gradcheck(mix: str, k: int | None) -> None:
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("k", [None, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_opcheck_forward(mix: str, k: int | None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("given_h", [False, True])
+def test_opcheck_forward(mix: str, k: int | None, dtype: torch.dtype, given_h: bool) -> None:
     case = make(mix, k=k)
+    case = in_rank_space(case) if given_h else case
     case["x"] = case["x"].to(dtype)
     if dtype is torch.bfloat16:
         for key in ("A", "B", "scale", "weight", "core"):
@@ -202,10 +251,13 @@ def test_opcheck_forward(mix: str, k: int | None, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("k", [None, 2])
 @pytest.mark.parametrize("need", [[True] * 5, [True, False, False, True, False], [False, True, True, False, True]])
-def test_opcheck_backward(mix: str, k: int | None, need: list[bool]) -> None:
+@pytest.mark.parametrize("given_h", [False, True])
+def test_opcheck_backward(mix: str, k: int | None, need: list[bool], given_h: bool) -> None:
     case = make(mix, k=k)
-    need = [*need[:4], need[4] and mix == "core"]
+    case = in_rank_space(case) if given_h else case
+    need = [need[0], need[1] and not given_h, *need[2:4], need[4] and mix == "core"]
     y, h = routed_lora.routed_lora(*arguments(case))
+    assert h.shape == ((0,) if given_h else (7, case["A"].shape[0]))  # x is h, and kept as it is
     *tensors, width = arguments(case)
     torch.library.opcheck(routed_lora.routed_lora_backward, (torch.randn_like(y), *tensors, h, width, need))
 
@@ -227,10 +279,11 @@ def test_opcheck_with_transposed_arguments(mix: str) -> None:
 
 
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("k", [None, 2])
-def test_compiled_whole_equals_eager(mix: str, k: int | None) -> None:
+@pytest.mark.parametrize(("k", "given_h"), [(None, False), (2, False), (2, True)])
+def test_compiled_whole_equals_eager(mix: str, k: int | None, given_h: bool) -> None:
     torch._dynamo.reset()
     case = make(mix, k=k)
+    case = in_rank_space(case) if given_h else case
     # "aot_eager" traces forward and backward through the shapes we declare, without a C++ compile per case.
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     expected, actual = differentiate(run, case), differentiate(compiled, case)
@@ -289,8 +342,10 @@ def poisoned() -> Iterator[None]:
 
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("k", [None, 2])
-def test_no_unwritten_memory_is_read(mix: str, k: int | None) -> None:
+@pytest.mark.parametrize("given_h", [False, True])
+def test_no_unwritten_memory_is_read(mix: str, k: int | None, given_h: bool) -> None:
     case = make(mix, k=k)
+    case = in_rank_space(case) if given_h else case
     expected = differentiate(run, case)
     with poisoned():
         assert torch.empty(3).isnan().all()
@@ -413,3 +468,101 @@ def test_indices_of_the_same_units_in_another_order_give_the_same_output() -> No
     case = make("blocks", k=3)
     flipped = {**case, "index": case["index"].flip(1), "weight": case["weight"].flip(1)}
     assert torch.equal(run(case), run(flipped))
+
+
+# Experts apart, and rows of their own: what a routed feed-forward block needs
+
+
+def each_by_hand(case: dict[str, Any]) -> Tensor:
+    """[T, k, O], unit by unit."""
+    r, rows = case["A"].shape[0] // case["units"], []
+    for t in range(case["x"].shape[0]):
+        for unit in case["index"][t].tolist():
+            own = slice(unit * r, (unit + 1) * r)
+            rows.append(case["B"][:, own] @ (case["scale"][own] * (case["A"][own] @ case["x"][t])))
+    shape = (*case["index"].shape, case["B"].shape[0])
+    return torch.stack(rows).view(shape) if rows else case["x"].new_zeros(shape)
+
+
+def sum_by_hand(case: dict[str, Any]) -> Tensor:
+    """[T, O]: row j of a token through its j-th unit, times its gate."""
+    r, rows = case["A"].shape[0] // case["units"], []
+    for t in range(case["x"].shape[0]):
+        total = case["x"].new_zeros(case["B"].shape[0])
+        for slot, unit in enumerate(case["index"][t].tolist()):
+            own = slice(unit * r, (unit + 1) * r)
+            alone = case["B"][:, own] @ (case["scale"][own] * (case["A"][own] @ case["x"][t, slot]))
+            total = total + case["weight"][t, slot] * alone
+        rows.append(total)
+    return torch.stack(rows) if rows else case["x"].new_zeros(0, case["B"].shape[0])
+
+
+def apart(apply: Any, case: dict[str, Any]) -> Tensor:
+    """``apply_each`` or ``apply_sum``."""
+    route = Route(case["weight"], case["units"], case["index"])
+    return apply(case["x"], Factors(case["A"], case["B"], case["scale"]), route)
+
+
+def rows_of(case: dict[str, Any]) -> dict[str, Any]:
+    """The case with a row of x per chosen unit: [T, k, D]."""
+    made = torch.Generator().manual_seed(2)
+    shape = (*case["index"].shape, case["x"].shape[1])
+    return {**case, "x": torch.randn(shape, generator=made, dtype=torch.float64)}
+
+
+@pytest.mark.parametrize("T", [0, 1, 7])
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_experts_apart_equal_the_loop(T: int, k: int) -> None:
+    case = make("blocks", T=T, k=k)
+    expected = differentiate(each_by_hand, case)
+    actual = differentiate(lambda leaves: apart(routed_lora.apply_each, leaves), case)
+    for key in ("y", "x", "A", "B"):
+        torch.testing.assert_close(actual[key], expected[key], rtol=1e-12, atol=1e-12)
+    assert (actual["weight"] == 0).all()  # gates have no part in it
+
+
+@pytest.mark.parametrize("T", [0, 1, 7])
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_rows_of_their_own_equal_the_loop(T: int, k: int) -> None:
+    case = rows_of(make("blocks", T=T, k=k))
+    expected = differentiate(sum_by_hand, case)
+    actual = differentiate(lambda leaves: apart(routed_lora.apply_sum, leaves), case)
+    for key in ("y", "x", "A", "B", "weight"):
+        torch.testing.assert_close(actual[key], expected[key], rtol=1e-12, atol=1e-12)
+
+
+def test_the_gated_sum_of_experts_apart_is_the_mixture() -> None:
+    case = make("blocks", k=3)
+    each = apart(routed_lora.apply_each, case)
+    torch.testing.assert_close((each * case["weight"].unsqueeze(-1)).sum(1), run(case), rtol=1e-12, atol=1e-12)
+    copies = {**case, "x": case["x"].unsqueeze(1).expand(-1, 3, -1)}
+    torch.testing.assert_close(apart(routed_lora.apply_sum, copies), run(case), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("apply", [routed_lora.apply_each, routed_lora.apply_sum])
+def test_experts_apart_pass_gradcheck(apply: Any) -> None:
+    case = make("blocks", T=3, k=2)
+    case = tracked(rows_of(case) if apply is routed_lora.apply_sum else case)
+    wanted = ("x", "A", "B", "weight") if apply is routed_lora.apply_sum else ("x", "A", "B")
+
+    def function(*values: Tensor) -> Tensor:
+        return apart(apply, {**case, **dict(zip(wanted, values, strict=True))})
+
+    assert torch.autograd.gradcheck(function, [case[key] for key in wanted])
+
+
+@pytest.mark.parametrize("apply", [routed_lora.apply_each, routed_lora.apply_sum])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_experts_apart_in_half_precision_are_computed_in_float32(apply: Any, half: torch.dtype) -> None:
+    case = make("blocks", T=7, D=33, out=9, k=2)
+    case = rows_of(case) if apply is routed_lora.apply_sum else case
+    narrow = {
+        key: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for key, value in case.items()
+    }
+    narrow["x"] = case["x"].to(half)
+    wide = {
+        key: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for key, value in narrow.items()
+    }
+    torch.testing.assert_close(apart(apply, narrow).double(), apart(apply, wide), rtol=1e-5, atol=1e-5)
