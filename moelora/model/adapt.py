@@ -140,11 +140,13 @@ def print_table(model: nn.Module) -> None:
     kinds: dict[tuple[str, int, int], list[RoutedLinear]] = {}
     for layer in routed_layers(model):
         kinds.setdefault((layer.site.name.rsplit(".", 1)[-1], layer.in_features, layer.out_features), []).append(layer)
+    counted: set[int] = set()
     table = Table("target", "layers", "in -> out", "experts", "router", "trainable")
     for (name, wide, out), layers in kinds.items():
         experts, router = layers[0].experts, layers[0].router
-        own = {id(p): p.numel() for layer in layers for p in layer.parameters() if p.requires_grad}  # some are shared
-        trainable = sum(own.values())
+        own = {id(p): p.numel() for layer in layers for p in layer.parameters() if p.requires_grad}
+        trainable = sum(size for p, size in own.items() if p not in counted)  # a shared router counts where it is first
+        counted.update(own)
         counts = sorted({layer.experts.num_experts for layer in layers})
         size = f"{'-'.join(map(str, {counts[0]: 0, counts[-1]: 0}))} x r={experts.r}"
         table.add_row(name, str(len(layers)), f"{wide} -> {out}", size, type(router).__name__, f"{trainable:,}")
