@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import subprocess
@@ -17,7 +18,8 @@ def test_ctrl_c_and_resume(tmp_path: Path) -> None:
         "training.max_steps=400", "training.per_device_train_batch_size=4", "data.max_rows=50", "data.max_eval_rows=2",
         "adapter.target_modules=[q_proj]", "training.logging_steps=1",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job would ignore it
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heeds)
     deadline = time.monotonic() + 120
     while not (out / "checkpoint-4" / "trainer_state.json").is_file():
         assert process.poll() is None, process.communicate()[0]
