@@ -128,6 +128,27 @@ def generate(
             print(chat.answer(line))
 
 
+@app.command()
+def inspect(
+    folders: Annotated[list[Path], typer.Argument(help="PEFT LoRA folders, or folders written by moelora.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show what adapters hold and which of them can be experts; exit code 1 when one cannot."""
+    with _readable_errors():
+        import json as encoder
+
+        from moelora.cli.show import adapter_table
+        from moelora.tools.inspect import inspect_adapters
+
+        entries = inspect_adapters(folders)
+        if json:
+            print(encoder.dumps(entries, indent=1))
+        else:
+            adapter_table(entries)
+        if any(entry["error"] for entry in entries):
+            raise typer.Exit(1)
+
+
 @recipes_app.command("ls")
 def recipes_ls() -> None:
     """List shipped recipes."""

@@ -96,6 +96,29 @@ def routing_table(routing: Mapping[str, Any]) -> None:
         print(f"collapsed layers: {collapsed}; try losses: {{balance: 0.01}} or a lower learning rate")
 
 
+def adapter_table(entries: Iterable[Mapping[str, Any]]) -> None:
+    """One row per adapter, then why some cannot be experts, and whether the rest fit one model."""
+    good = [entry for entry in entries if not entry["error"]]
+    table = Table("adapter", "base model", "rank", "scale", "targets", "parameters", "dtype", "norm", "zero")
+    for entry in good:
+        several = {key: ", ".join(f"{value:g}" for value in entry[key]) for key in ("ranks", "scales")}
+        targets = ", ".join(f"{name} x{count}" for name, count in entry["targets"].items())
+        zero = f"{entry['zero']} of {entry['modules']}" if entry["zero"] else ""
+        figures = (f"{entry['parameters']:,}", ", ".join(entry["dtypes"]), f"{entry['norm']:.3g}", zero)
+        table.add_row(
+            entry["folder"], entry["base_model"] or "?", several["ranks"], several["scales"], targets, *figures
+        )
+    if good:
+        Console().print(table)
+        print("norm: of all updates together. zero: modules whose update is zero")
+    for entry in entries:
+        if entry["error"]:
+            print(f"cannot be an expert: {entry['error']}")
+    bases = sorted({entry["base_model"] or "?" for entry in good})
+    if len(bases) > 1:
+        print(f"made for {len(bases)} base models, so not all can be experts of one: {', '.join(bases)}")
+
+
 def _cell(values: Mapping[str, Any] | None) -> str:
     if values is None:
         return ""

@@ -67,6 +67,10 @@ class Experts(ExactBuffers, ABC):
         pairs = ((parameter, getattr(self, f"anchor_{name}")) for name, parameter in self.named_parameters())
         return replace(self.factors(), anchors=tuple(pairs))
 
+    def keep_scale(self) -> None:
+        """Make the scale part of what is saved, where experts may have one each."""
+        self.register_buffer("scale", self.scale)
+
     def keep_anchors(self) -> None:
         """Room for a copy of every parameter as it was at the start, for losses that pull back to it."""
         parameters = dict(self.named_parameters())

@@ -13,7 +13,8 @@ from torch import Tensor
 from moelora.core.errors import AdapterError
 from moelora.experts.base import Experts
 from moelora.experts.core import joint_core_space
-from moelora.io.folder import Manifest, read_json, read_manifest, read_tensors
+from moelora.io.folder import MANIFEST, Manifest, read_json, read_manifest, read_tensors
+from moelora.io.peft import CONFIG, LoRATensors, read_peft
 from moelora.model.config import AdapterConfig
 from moelora.model.layer import RoutedLinear
 from moelora.model.record import main_process
@@ -62,17 +63,23 @@ def fill_from_adapters(layers: Mapping[str, RoutedLinear], config: AdapterConfig
 
     fingerprint: that of the base model; another one in a folder is said in a warning.
 
-    Core experts take LoRAs of any rank and scale; a core space too small for all of them is said in a warning. Raises
-    AdapterError unless the folders hold plain LoRA experts for just these layers, as many, and, for LoRA experts, of
-    this rank and scale.
+    A folder is one that moelora wrote, with all its experts, or a PEFT LoRA, which is one expert; where a PEFT LoRA has
+    no module for a layer, its expert adds nothing there. LoRA experts keep their own scale, and ranks below r are
+    filled up with zeros, which is exact. Core experts take any rank; a core space too small for all is said in a
+    warning. Raises AdapterError unless the folders hold plain LoRAs for these layers, as many as there are experts,
+    and, for LoRA experts, of no higher rank.
     """
     folders = [Path(folder) for folder in config.experts.adapters]
     if not folders:
         return
     parts = [experts_of(folder, layers) for folder in folders]
-    others = [folder for folder in folders if read_manifest(folder).base.fingerprint not in (fingerprint, None)]
+    saved = [read_manifest(folder) for folder in folders if (folder / MANIFEST).is_file()]
+    others = [manifest.base.model for manifest in saved if manifest.base.fingerprint not in (fingerprint, None)]
     if others and fingerprint is not None and main_process():
-        warnings.warn(f"experts.adapters: {others[0]} was trained beside other weights than this model's", stacklevel=2)
+        warnings.warn(
+            f"experts.adapters: some were trained beside other weights than this model's, of '{others[0]}'",
+            stacklevel=2,
+        )
     errors: dict[str, float] = {}
     for path, layer in layers.items():
         loras = [lora for part in parts for lora in part[path]]
@@ -99,17 +106,20 @@ def fill_from_adapters(layers: Mapping[str, RoutedLinear], config: AdapterConfig
 
 
 def _stack(experts: Experts, loras: list[TrainedLoRA], config: AdapterConfig) -> None:
-    own, r = float(experts.scale[0]), config.experts.r
+    r = config.experts.r
     for lora in loras:
-        rank = lora.A.shape[0]
-        if rank != r or abs(lora.scale - own) > 1e-6 * abs(own):
-            raise AdapterError(
-                f"{lora.folder}: rank {rank} and scale {lora.scale:g}, but r is {r} here and the scale (lora_alpha by "
-                f"rank) {own:g}; set experts.r and experts.lora_alpha to fit"
-            )
+        if lora.A.shape[0] > r:
+            highest = max(other.A.shape[0] for other in loras)
+            raise AdapterError(f"{lora.folder}: rank {lora.A.shape[0]}, but r is {r} here; set experts.r to {highest}")
     held = dict(experts.named_parameters())
-    held["lora_A"].copy_(torch.cat([lora.A for lora in loras]))
-    held["lora_B"].copy_(torch.cat([lora.B for lora in loras], dim=1))
+    for parameter in held.values():
+        parameter.zero_()
+    for index, lora in enumerate(loras):
+        ranks = slice(index * r, index * r + lora.A.shape[0])
+        held["lora_A"][ranks].copy_(lora.A)
+        held["lora_B"][:, ranks].copy_(lora.B)
+        if lora.A.shape[0]:
+            experts.scale[index * r : (index + 1) * r] = lora.scale
 
 
 def _project(experts: Experts, loras: list[TrainedLoRA]) -> float:
@@ -132,6 +142,8 @@ def _project(experts: Experts, loras: list[TrainedLoRA]) -> float:
 
 def experts_of(folder: Path, layers: Mapping[str, RoutedLinear]) -> dict[str, list[TrainedLoRA]]:
     """The experts of a folder at every site, in order."""
+    if (folder / CONFIG).is_file() and not (folder / MANIFEST).is_file():
+        return _peft_expert(folder, layers)
     manifest = read_manifest(folder)
     sites = {site.name for site in manifest.sites}
     if sites != layers.keys():
@@ -139,18 +151,44 @@ def experts_of(folder: Path, layers: Mapping[str, RoutedLinear]) -> dict[str, li
             f"{folder}: its experts are for other layers (only there {sorted(sites - layers.keys())[:2]}, only here "
             f"{sorted(layers.keys() - sites)[:2]}); use the same target_modules"
         )
-    parts: list[tuple[Path, int, float]] = []
-    for name in manifest.experts:
-        said = f"experts/{name}/adapter_config.json"
+    where = [folder / "experts" / name for name in manifest.experts]
+    usual: list[float] = []  # scales, where the experts did not keep their own
+    for path in where:
+        said = f"experts/{path.name}/{CONFIG}"
         if said not in manifest.files:
             raise AdapterError(f"{folder}: its experts are not plain LoRAs, so others cannot start from them")
         values = read_json(folder, manifest, said)
-        parts.append((folder / "experts" / name, values["r"], values["lora_alpha"] / values["r"]))
-    tensors = merged_tensors(folder, manifest, AdapterConfig.model_validate(manifest.adapter))
+        usual.append(values["lora_alpha"] / values["r"])
+    config = AdapterConfig.model_validate(manifest.adapter)
+    tensors, r = merged_tensors(folder, manifest, config), config.experts.r
     found: dict[str, list[TrainedLoRA]] = {}
-    rank = parts[0][1]
-    for path in sites:
-        A, B = tensors[f"{path}.experts.lora_A"].split(rank), tensors[f"{path}.experts.lora_B"].split(rank, dim=1)
-        halves = zip(A, B, parts, strict=False)  # with a list of numbers, some layers have fewer experts
-        found[path] = [TrainedLoRA(half_A, half_B, scale, where) for half_A, half_B, (where, _, scale) in halves]
+    for site in sites:
+        A, B = tensors[f"{site}.experts.lora_A"].split(r), tensors[f"{site}.experts.lora_B"].split(r, dim=1)
+        kept = tensors.get(f"{site}.experts.scale")
+        scales = usual if kept is None else kept[::r].tolist()
+        halves = zip(A, B, scales, where, strict=False)  # some layers may have fewer
+        found[site] = [TrainedLoRA(half_A, half_B, scale, path) for half_A, half_B, scale, path in halves]
+    return found
+
+
+def _peft_expert(folder: Path, layers: Mapping[str, RoutedLinear]) -> dict[str, list[TrainedLoRA]]:
+    tensors = read_peft(folder).tensors
+    beyond = sorted(tensors.keys() - layers.keys())
+    if beyond:
+        raise AdapterError(
+            f"{folder}: it adapts '{beyond[0]}' ({len(beyond)} such modules), which is not an adapted layer here; "
+            "add it to target_modules"
+        )
+    found = {}
+    for path, layer in layers.items():
+        site = layer.site
+        absent = LoRATensors(torch.zeros(0, site.in_features), torch.zeros(site.out_features, 0), 1.0)
+        lora = tensors.get(path, absent)
+        shape = (lora.B.shape[0], lora.A.shape[1])
+        if shape != (site.out_features, site.in_features):
+            raise AdapterError(
+                f"{folder}: made for a '{path}' of {shape[1]} -> {shape[0]} features, here it has "
+                f"{site.in_features} -> {site.out_features}; load it with its own base model"
+            )
+        found[path] = [TrainedLoRA(lora.A, lora.B, lora.scale, folder)]
     return found

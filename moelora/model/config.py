@@ -31,7 +31,8 @@ class ExpertsConfig(Strict):
 
     num_experts: one number, or a list over the depth of the model: as many equal groups of blocks as it has entries
     (MoLA, arXiv 2402.08562). train: ``all``, ``B`` (nothing but B, as in LoRA-FA) or ``none`` (the router alone).
-    adapters: folders written by moelora whose experts, in order, are the experts to start from.
+    adapters: folders whose experts, in order, are the experts to start from: each written by moelora (all its experts)
+    or a PEFT LoRA (one). They keep their own scale; lora_alpha is for experts that start anew.
     """
 
     model_config = {**Strict.model_config, "extra": "allow"}
@@ -183,6 +184,8 @@ def build_sites(
             experts.scale.fill_(_scale(config.experts, router.scale_rank))
             for name, parameter in experts.named_parameters():
                 parameter.requires_grad_(config.experts.train in ("all", name.removeprefix("lora_")))
+            if config.experts.adapters:
+                experts.keep_scale()
             if anchored:
                 experts.keep_anchors()
         yield site, router, experts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def write(model: nn.Module, folder: Path, state_dict: dict[str, Tensor] | None =
     state = model.state_dict() if state_dict is None else state_dict
     experts: dict[str, dict[str, Tensor]] = {name: {} for name in _expert_names(record.config)}
     rest = {name: _find(state, name) for name in adapter_tensors(model)}
-    alpha: dict[str, float] = {}
+    alpha: dict[str, dict[str, float]] = {name: {} for name in experts}
     conv1d = False
     for layer in routed_layers(model):
         prefix = layer.site.name
@@ -42,12 +43,12 @@ def write(model: nn.Module, folder: Path, state_dict: dict[str, Tensor] | None =
         start = f"{prefix}."
         own = {name.removeprefix(start): rest.pop(name) for name in list(rest) if name.startswith(start)}
         if _is_lora(layer):
-            for index, tensors in enumerate(list(experts.values())[: layer.experts.num_experts]):
+            for index, (name, tensors) in enumerate(list(experts.items())[: layer.experts.num_experts]):
                 rows = slice(index * layer.experts.r, (index + 1) * layer.experts.r)
+                alpha[name][prefix] = float(layer.experts.scale[rows.start]) * layer.experts.r
                 tensors[f"{PEFT_PREFIX}{prefix}.lora_A.weight"] = own["experts.lora_A"][rows]
                 tensors[f"{PEFT_PREFIX}{prefix}.lora_B.weight"] = own["experts.lora_B"][:, rows]
             own = {key: value for key, value in own.items() if key not in ("experts.lora_A", "experts.lora_B")}
-            alpha[prefix] = float(layer.experts.scale[0]) * layer.experts.r
         rest.update({f"{prefix}.{key}": value for key, value in own.items()})
 
     files: dict[str, dict[str, Tensor] | str] = {"README.md": _card(record, model)}
@@ -55,7 +56,7 @@ def write(model: nn.Module, folder: Path, state_dict: dict[str, Tensor] | None =
     for name, tensors in experts.items():
         if tensors:
             files[f"experts/{name}/adapter_model.safetensors"] = {k: v.detach().cpu() for k, v in tensors.items()}
-            files[f"experts/{name}/adapter_config.json"] = _peft_config(record, model, list(tensors), alpha, conv1d)
+            files[f"experts/{name}/adapter_config.json"] = _peft_config(record, model, alpha[name], conv1d)
     config = getattr(model, "config", None)
     write_folder(
         folder,
@@ -111,14 +112,16 @@ def _expert_names(config: AdapterConfig) -> list[str]:
     return [f"expert_{index:0{width}d}" for index in range(config.experts.most)]
 
 
-def _peft_config(record: Adaptation, model: nn.Module, keys: list[str], alpha: dict[str, float], conv1d: bool) -> str:
-    values = sorted(set(alpha.values()))
+def _peft_config(record: Adaptation, model: nn.Module, alpha: dict[str, float], conv1d: bool) -> str:
+    """alpha: lora_alpha by the layers that the expert has."""
+    usual = Counter(alpha.values()).most_common(1)[0][0]
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
         "r": record.config.experts.r,
-        "lora_alpha": values[0],
-        "target_modules": [s.name for s in record.sites if f"{PEFT_PREFIX}{s.name}.lora_A.weight" in keys],
+        "lora_alpha": usual,
+        "alpha_pattern": {site: value for site, value in alpha.items() if value != usual},
+        "target_modules": list(alpha),
         "lora_dropout": record.config.experts.lora_dropout,
         "fan_in_fan_out": conv1d,
         "bias": "none",

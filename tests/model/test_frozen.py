@@ -184,22 +184,30 @@ def copied(folders: list[Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(folders[0], tmp_path / "a"))
 
 
-def test_another_rank(folders: list[Path]) -> None:
-    message = refused(folders, experts={"r": 4, "lora_alpha": 8})
-    assert "rank 3 and scale 2, but r is 4" in message and "experts.r" in message and str(folders[0]) in message
+def test_a_higher_rank(folders: list[Path]) -> None:
+    message = refused(folders, experts={"r": 2, "lora_alpha": 4})
+    assert "rank 3, but r is 2 here; set experts.r to 3" in message and str(folders[0]) in message
 
 
-def test_another_scale(folders: list[Path]) -> None:
-    assert "rank 3 and scale 2, but r is 3 here and the scale (lora_alpha by rank) 5" in refused(
-        folders, experts={"lora_alpha": 15}
-    )
+def test_a_lower_rank_is_filled_up(folders: list[Path]) -> None:
+    wide, exact = start(folders, experts={"r": 5, "lora_alpha": 10}), start(folders)
+    for one, two in zip(routed_layers(wide), routed_layers(exact), strict=True):
+        blocks = one.experts.lora_A.unflatten(0, (4, 5)), one.experts.lora_B.unflatten(1, (4, 5))
+        assert torch.equal(blocks[0][:, :3].flatten(0, 1), two.experts.lora_A)
+        assert torch.equal(blocks[1][:, :, :3].flatten(1, 2), two.experts.lora_B)
+        assert (blocks[0][:, 3:] == 0).all() and (blocks[1][:, :, 3:] == 0).all()
 
 
-def test_another_scale_in_the_second_folder(folders: list[Path], tmp_path: Path) -> None:
+def test_experts_keep_their_own_scale(folders: list[Path], tmp_path: Path) -> None:
     moelora.save(build(lora_alpha=9), tmp_path / "c")
-    message = refused([folders[0], tmp_path / "c"])
-    assert "rank 3 and scale 3, but r is 3 here and the scale (lora_alpha by rank) 2" in message
-    assert str(tmp_path / "c") in message
+    model = start([folders[0], tmp_path / "c"], experts={"lora_alpha": 15})
+    for layer in routed_layers(model):
+        assert layer.experts.scale.tolist() == [2.0] * 6 + [3.0] * 6
+    moelora.save(model, tmp_path / "out")
+    loaded = moelora.load(tiny.llama(), tmp_path / "out")
+    assert torch.equal(logits(loaded), logits(model))
+    third = start([tmp_path / "out"], experts={"num_experts": 4})  # and once more, from the mixture of both
+    assert all(layer.experts.scale.tolist() == [2.0] * 6 + [3.0] * 6 for layer in routed_layers(third))
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])
@@ -258,12 +266,16 @@ def test_no_such_folder(folders: list[Path], tmp_path: Path) -> None:
     assert "absent" in refused([folders[0], tmp_path / "absent"])
 
 
-def test_a_peft_folder(folders: list[Path]) -> None:
-    assert "a PEFT adapter, not a moelora one" in refused([folders[0] / "experts" / "expert_0", folders[1]])
+def test_one_expert_of_a_folder_is_a_peft_lora(folders: list[Path]) -> None:
+    one = start([folders[0] / "experts" / "expert_1"], experts={"num_experts": 1})
+    both = start([folders[0]])
+    for alone, two in zip(routed_layers(one), routed_layers(both), strict=True):
+        assert torch.equal(alone.experts.lora_A, two.experts.lora_A[3:])
+        assert torch.equal(alone.experts.lora_B, two.experts.lora_B[:, 3:])
 
 
 def test_another_base_model_is_allowed_and_said(folders: list[Path]) -> None:
-    with pytest.warns(UserWarning, match="was trained beside other weights than this model's"):
+    with pytest.warns(UserWarning, match="were trained beside other weights than this model's"):
         start(folders, tiny.llama(seed=7))
 
 
