@@ -48,10 +48,15 @@ def comparison_table(variants: Mapping[str, Mapping[str, Any]]) -> None:
             (f"{run['trainable_parameters']:,}", f"{run['seconds']:.1f}") if run["trainable_parameters"] else ("", "")
         )
         table.add_row(name, *size, mean, *(_figure(run["tasks"].get(task)) for task in tasks))
-    console = Console()
-    console.width = max(console.width, 120)  # a log file has no width; a terminal folds
-    console.print(table)
+    _wide_console().print(table)
     print("per task: accuracy of whole answers in %, or the loss where none was generated")
+
+
+def _wide_console() -> Console:
+    """For tables of many columns: a log file has no width, and a terminal folds lines."""
+    console = Console()
+    console.width = max(console.width, 150)
+    return console
 
 
 def _figure(values: Mapping[str, Any] | None) -> str:
@@ -99,17 +104,16 @@ def routing_table(routing: Mapping[str, Any]) -> None:
 def adapter_table(entries: Iterable[Mapping[str, Any]]) -> None:
     """One row per adapter, then why some cannot be experts, and whether the rest fit one model."""
     good = [entry for entry in entries if not entry["error"]]
-    table = Table("adapter", "base model", "rank", "scale", "targets", "parameters", "dtype", "norm", "zero")
+    table = Table("adapter", "base model", "rank", "scale", "modules", "targets", box=box.SIMPLE_HEAD)
+    for column in ("parameters", "dtype", "norm", "zero"):
+        table.add_column(column, justify="right")
     for entry in good:
-        several = {key: ", ".join(f"{value:g}" for value in entry[key]) for key in ("ranks", "scales")}
-        targets = ", ".join(f"{name} x{count}" for name, count in entry["targets"].items())
-        zero = f"{entry['zero']} of {entry['modules']}" if entry["zero"] else ""
-        figures = (f"{entry['parameters']:,}", ", ".join(entry["dtypes"]), f"{entry['norm']:.3g}", zero)
-        table.add_row(
-            entry["folder"], entry["base_model"] or "?", several["ranks"], several["scales"], targets, *figures
-        )
+        several = [", ".join(f"{value:g}" for value in entry[key]) for key in ("ranks", "scales")]
+        what = (*several, str(entry["modules"]), ", ".join(sorted(entry["targets"])))
+        figures = (f"{entry['parameters']:,}", ", ".join(entry["dtypes"]), f"{entry['norm']:.3g}", str(entry["zero"]))
+        table.add_row(entry["folder"], entry["base_model"] or "?", *what, *figures)
     if good:
-        Console().print(table)
+        _wide_console().print(table)
         print("norm: of all updates together. zero: modules whose update is zero")
     for entry in entries:
         if entry["error"]:

@@ -47,7 +47,11 @@ def test_the_command(tmp_path: Path) -> None:
     assert shown.exit_code == 0 and json.loads(shown.output)[0]["modules"] == 6
     both = CliRunner().invoke(app, ["inspect", str(good), str(dora)], env={"COLUMNS": "200"})
     assert both.exit_code == 1
-    assert "q_proj x2" in both.output and "cannot be an expert" in both.output and "use_dora" in both.output
+    assert (
+        "down_proj, q_proj, v_proj" in both.output
+        and "cannot be an expert" in both.output
+        and "use_dora" in both.output
+    )
 
 
 def test_updates_of_zero_are_counted(tmp_path: Path) -> None:
