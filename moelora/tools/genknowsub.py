@@ -49,6 +49,10 @@ def subtract_general(model: nn.Module, general: Iterable[str | Path]) -> None:
                 "the model with experts: lora"
             )
         r, scale = layer.experts.r, float(layer.experts.scale[0])
+        if (layer.experts.scale != scale).any():
+            raise AdapterError(
+                f"subtract_general: the experts of the model have unlike scales at '{path}', expected one"
+            )
         for lora in found[path]:
             if lora.A.shape[0] != r or abs(lora.scale - scale) > 1e-6 * abs(scale):
                 raise AdapterError(

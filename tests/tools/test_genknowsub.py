@@ -102,6 +102,14 @@ def test_others_are_refused_and_the_model_left_alone(
     tiny.assert_same(copies(model), before)
 
 
+def test_experts_of_unlike_scales_are_refused(tmp_path: Path) -> None:
+    good, _ = general(tmp_path / "good", 4)
+    model = tiny.adapted("llama", "arrow")
+    routed_layers(model)[0].experts.scale[4:8] = 3
+    with pytest.raises(AdapterError, match="unlike scales at 'model.layers.0.self_attn.q_proj'"):
+        subtract_general(model, [good])
+
+
 def test_nothing_to_subtract_and_nothing_to_subtract_from(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="at least one folder"):
         subtract_general(tiny.adapted("llama", "arrow"), [])
