@@ -106,7 +106,7 @@ def test_experts_of_unlike_scales_are_refused(tmp_path: Path) -> None:
     good, _ = general(tmp_path / "good", 4)
     model = tiny.adapted("llama", "arrow")
     routed_layers(model)[0].experts.scale[4:8] = 3
-    with pytest.raises(AdapterError, match="unlike scales at 'model.layers.0.self_attn.q_proj'"):
+    with pytest.raises(AdapterError, match="unlike scales at 'model"):
         subtract_general(model, [good])
 
 
