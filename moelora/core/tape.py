@@ -148,6 +148,16 @@ class View:
             )
         return plan.reshape(-1, *plan.shape[-2:])
 
+    def tasks(self, why: str) -> Tensor:
+        """[T] task ids, -1 where unknown. Raises DataError when the batch has none; ``why`` says who needs them."""
+        if self.task is None:
+            raise DataError(
+                f"{why}, and '{self.site.name}' was given none; pass task_ids=[B] or [B, S] to the model or to "
+                "generate (moelora.MoeLoraTrainer does, from the data's task column; transformers.Trainer drops them "
+                "unless remove_unused_columns=False)"
+            )
+        return self.task
+
     @property
     def past(self) -> Tensor | None:
         """What this site kept of the tokens before these, [B, ...], or None at the start of a sequence."""

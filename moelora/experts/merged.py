@@ -21,30 +21,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moelora.core.errors import ConfigError
-from moelora.core.factors import Factors
-from moelora.core.tape import Site
-from moelora.experts.base import Decide, Experts
+from moelora.experts.base import Decide
+from moelora.experts.lora import LoRA
 from moelora.ops import routed_lora
 
 
-class Merged(Experts):
+class Merged(LoRA):
     """LoRA factors mixed before they are multiplied. Raises ConfigError around a feed-forward block, where each chosen
     expert has an output of its own and there is nothing to merge.
     """
-
-    gives = ("own_A",)
-
-    def __init__(self, site: Site, num_experts: int, r: int) -> None:
-        super().__init__(site, num_experts, r)
-        self.lora_A = nn.Parameter(torch.empty(num_experts * r, site.in_features))
-        self.lora_B = nn.Parameter(torch.empty(site.out_features, num_experts * r))
-
-    def factors(self) -> Factors:
-        return Factors(self.lora_A, self.lora_B, self.scale)
 
     def forward(
         self, x: Tensor, decide: Decide, form: Literal["tokens", "rank_space", "each", "sum"] = "tokens"

@@ -76,18 +76,13 @@ class LocalisedBalance(Loss):
 
     def _factor(self, view: View, like: Tensor) -> Tensor:
         """[T, E] of 1 + delta or 1 - delta."""
-        if view.task is None:
+        task = view.tasks("losses.localised_balance needs the task of every sequence")
+        if task.device.type == "cpu" and (task >= len(self.task_types)).any():  # a GPU would have to wait
             raise DataError(
-                f"losses.localised_balance needs the task of every sequence, and '{view.site.name}' was given none; "
-                "pass task_ids=[B] or [B, S] to the model (moelora.MoeLoraTrainer does, from the data's task column; "
-                "transformers.Trainer drops them unless remove_unused_columns=False)"
-            )
-        if view.task.device.type == "cpu" and (view.task >= len(self.task_types)).any():  # a GPU would have to wait
-            raise DataError(
-                f"losses.localised_balance: task id {int(view.task.max())}, but task_types has "
+                f"losses.localised_balance: task id {int(task.max())}, but task_types has "
                 f"{len(self.task_types)} entries; give one type to each task"
             )
         if self._table is None or self._table.device != like.device:
             rows = [[1 + self.delta * (1 if e == t else -1) for e in self.expert_types] for t in self.task_types]
             self._table = torch.tensor([*rows, [1.0] * len(self.expert_types)], device=like.device, dtype=torch.float64)
-        return self._table.to(like.dtype)[view.task]  # -1, no known task, finds the last row
+        return self._table.to(like.dtype)[task]  # -1, no known task, finds the last row

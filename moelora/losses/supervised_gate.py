@@ -33,13 +33,8 @@ class SupervisedGate(Loss):
 
     def __call__(self, route: Route, view: View) -> Tensor:
         assert route.logits is not None
-        if view.task is None:
-            raise DataError(
-                "losses.supervised_gate needs the task of every sequence, and this batch has none; "
-                "pass task_ids=[B] or [B, S] to the model (moelora.MoeLoraTrainer does, from the data's task column; "
-                "transformers.Trainer drops them unless remove_unused_columns=False)"
-            )
-        target = self._shifted(view)
+        task = view.tasks("losses.supervised_gate needs the task of every sequence")
+        target = self._shifted(task, view)
         if target.device.type == "cpu" and (target >= route.units).any():  # on a GPU this would wait for the device
             raise DataError(
                 f"losses.supervised_gate: task id {int(target.max())} at {view.site.name}, but the router has "
@@ -48,15 +43,14 @@ class SupervisedGate(Loss):
         total = F.cross_entropy(route.logits, target, ignore_index=-1, reduction="sum")
         return total / (target >= 0).sum().clamp(min=1)
 
-    def _shifted(self, view: View) -> Tensor:
+    def _shifted(self, task: Tensor, view: View) -> Tensor:
         """[T] task of the next token, -1 where there is none, or it is padding or starts another sequence."""
-        assert view.task is not None
-        valid = view.task if view.mask is None else view.task.masked_fill(~view.mask, -1)
+        valid = task if view.mask is None else task.masked_fill(~view.mask, -1)
         if len(view.shape) != 2:
             return valid
         # A token that predicts an answer's token has a real one after it, which need not predict another.
         predicts = self.tokens == "answers" and view.answers is not None
-        rows = (view.task if predicts else valid).view(view.shape)
+        rows = (task if predicts else valid).view(view.shape)
         last = torch.full_like(rows[:, :1], -1)
         following = torch.cat([rows[:, 1:], last], dim=1)
         positions = view.tape.positions

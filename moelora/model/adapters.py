@@ -144,6 +144,10 @@ def experts_of(folder: Path, layers: Mapping[str, RoutedLinear]) -> dict[str, li
     """The experts of a folder at every site, in order."""
     if (folder / CONFIG).is_file() and not (folder / MANIFEST).is_file():
         return _peft_expert(folder, layers)
+    if not (folder / MANIFEST).is_file():
+        raise AdapterError(
+            f"{folder}: no adapter here; expected {MANIFEST} (written by moelora) or a PEFT LoRA's {CONFIG}"
+        )
     manifest = read_manifest(folder)
     sites = {site.name for site in manifest.sites}
     if sites != layers.keys():

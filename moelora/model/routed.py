@@ -64,7 +64,7 @@ class RoutedModel(nn.Module):
         companion = companion_of(given, plans) if router.remembers or plans else None
         if companion is not None:
             tape.past = companion.memory
-            if router.reads == "hidden":
+            if plans:
                 with disabled(self):
                     hidden = last_hidden(self, given, companion)
                 first: Any = self.get_submodule(self.moelora.sites[0].name)

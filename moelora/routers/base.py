@@ -81,21 +81,21 @@ def reset_linear(weight: Tensor) -> None:
     nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
 
-def check_top_k(name: str, top_k: int | None, num_experts: int) -> None:
-    """Raise ConfigError when more experts are asked for than there are."""
-    if top_k is not None and top_k > num_experts:
-        raise ConfigError(f"routers.{name}: top_k {top_k} is more than the {num_experts} experts (num_experts)")
+def check_top_k(name: str, top_k: int | None, units: int, kind: str = "experts (num_experts)") -> None:
+    """Raise ConfigError when more units are asked for than there are."""
+    if top_k is not None and top_k > units:
+        raise ConfigError(f"routers.{name}: top_k {top_k} is more than the {units} {kind}")
+
+
+@torch.no_grad()
+def level_by_sign(bias: Tensor, load: Tensor, rate: float) -> None:
+    """The balance rule of DeepSeek-V3: each unit's bias [G] moves by ``rate`` against the sign of its excess load."""
+    bias += rate * torch.sign(load.mean() - load).to(bias.dtype)
 
 
 def tasks_of(view: View, name: str) -> Tensor:
     """[T] task ids, -1 where unknown. Raises DataError when the batch has none."""
-    if view.task is None:
-        raise DataError(
-            f"routers.{name} routes by task, and '{view.site.name}' was given none; pass task_ids=[B] or [B, S] to the "
-            "model or to generate (moelora.MoeLoraTrainer does, from the data's task column; transformers.Trainer "
-            "drops them unless remove_unused_columns=False)"
-        )
-    return view.task
+    return view.tasks(f"routers.{name} routes by task")
 
 
 def task_experts(view: View, name: str, num_experts: int) -> Tensor:

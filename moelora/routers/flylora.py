@@ -28,10 +28,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from moelora.core.errors import ConfigError
 from moelora.core.route import Route, top_k
 from moelora.core.tape import Site, View
-from moelora.routers.base import Router
+from moelora.routers.base import Router, check_top_k, level_by_sign
 
 
 class FlyLoRA(Router):
@@ -56,8 +55,7 @@ class FlyLoRA(Router):
     ) -> None:
         super().__init__(site, num_experts, r)
         self.units = num_experts * r
-        if top_k > self.units:
-            raise ConfigError(f"routers.flylora: top_k {top_k} is more than the {self.units} ranks (num_experts * r)")
+        check_top_k("flylora", top_k, self.units, "ranks (num_experts * r)")
         self.top_k, self.select, self.bias_update_rate = top_k, select, bias_update_rate
         self.register_buffer("bias", torch.zeros(self.units))
 
@@ -70,6 +68,5 @@ class FlyLoRA(Router):
             view.count(route.load(view.mask))
         return route
 
-    @torch.no_grad()
     def after_step(self, load: Tensor) -> None:
-        self.bias += self.bias_update_rate * torch.sign(load.mean() - load).to(self.bias.dtype)
+        level_by_sign(self.bias, load, self.bias_update_rate)

@@ -23,10 +23,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from moelora.core.errors import ConfigError
 from moelora.core.route import Route, top_k
 from moelora.core.tape import Site, View
-from moelora.routers.base import Router, linear_scores, reset_linear
+from moelora.routers.base import Router, check_top_k, linear_scores, reset_linear
 
 
 class MeteoRA(Router):
@@ -47,8 +46,7 @@ class MeteoRA(Router):
         temperature: Annotated[float, Field(gt=0)] = 1.0,
     ) -> None:
         super().__init__(site, num_experts, r)
-        if top_k > num_experts:
-            raise ConfigError(f"routers.meteora: top_k {top_k} is more than the {num_experts} experts (num_experts)")
+        check_top_k("meteora", top_k, num_experts)
         self.top_k, self.temperature = top_k, temperature
         self.weight = nn.Parameter(torch.empty(num_experts, site.in_features))
         reset_linear(self.weight)

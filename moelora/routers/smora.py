@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from moelora.core.errors import ConfigError
 from moelora.core.route import Route, top_k
 from moelora.core.tape import Site, View
-from moelora.routers.base import Router, linear_scores, reset_linear
+from moelora.routers.base import Router, check_top_k, level_by_sign, linear_scores, reset_linear
 
 
 class SMoRA(Router):
@@ -57,8 +57,7 @@ class SMoRA(Router):
     ) -> None:
         super().__init__(site, num_experts, r)
         ranks = num_experts * r
-        if top_k > ranks:
-            raise ConfigError(f"routers.smora: top_k {top_k} is more than the {ranks} ranks (num_experts * r)")
+        check_top_k("smora", top_k, ranks, "ranks (num_experts * r)")
         if ranks % block_size or top_k % block_size:
             raise ConfigError(f"routers.smora: block_size {block_size} must divide top_k {top_k} and the {ranks} ranks")
         self.top_k, self.block_size = top_k, block_size
@@ -85,6 +84,5 @@ class SMoRA(Router):
             view.count(route.load(view.mask))
         return route
 
-    @torch.no_grad()
     def after_step(self, load: Tensor) -> None:
-        self.bias += self.bias_update_rate * torch.sign(load.mean() - load).to(self.bias.dtype)
+        level_by_sign(self.bias, load, self.bias_update_rate)

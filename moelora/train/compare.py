@@ -54,22 +54,29 @@ def compare(
 
     Runs that an earlier comparison left in these folders are replaced. Returns
     ``{name: {"trainable_parameters", "seconds", "tasks": {task: {"loss", "token_accuracy", "accuracy"}}}}``, the base
-    model first. Raises ConfigError before anything is trained when recipes are wrong or not of equal size.
+    model first. Raises ConfigError or OutputError before anything is trained or replaced: recipes are wrong or not of
+    equal size, or a folder holds what no run wrote.
     """
-    common = [f"{key}={json.dumps(value)}" for key, value in comparison.overrides.items()]
+    common = [*(f"{key}={json.dumps(value)}" for key, value in comparison.overrides.items()), *overrides]
+    if any(override.partition("=")[0] == "training.output_dir" for override in common):
+        raise ConfigError(
+            "training.output_dir: a comparison has a folder for every run; name the one around them: --out"
+        )
     recipes: dict[str, Recipe] = {}
     for name in comparison.recipes:
         run = Path(name).stem
         if run in recipes:
             raise ConfigError(f"recipes: two are called '{run}'")
         place = [f"training.output_dir={out / run}", "training.save_strategy=no"]
-        recipes[run] = read_recipe(name, [*place, *common, *overrides], plugins)
+        recipes[run] = read_recipe(name, [*place, *common], plugins)
+        _refuse_foreign(recipes[run].output_dir)
     if comparison.equal_parameters is not None:
         _refuse_unequal(recipes, comparison.equal_parameters, plugins)
     results: list[Result] = []
     for number, (name, recipe) in enumerate(recipes.items(), 1):
         print(f"\n[{number}/{len(recipes)}] {name}")
-        _clear(recipe.output_dir)
+        if recipe.output_dir.exists():
+            shutil.rmtree(recipe.output_dir)
         results.append(train(recipe, plugins, evaluate_base=comparison.evaluate_base and not results))
 
     variants: dict[str, dict[str, Any]] = {}
@@ -84,10 +91,8 @@ def compare(
     return variants
 
 
-def _clear(folder: Path) -> None:
-    if (folder / RECIPE).is_file():
-        shutil.rmtree(folder)
-    elif folder.exists() and any(folder.iterdir()):
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not (folder / RECIPE).is_file() and (folder.is_file() or any(folder.iterdir())):
         raise OutputError(f"{folder}: holds files that no run wrote; choose another folder")
 
 

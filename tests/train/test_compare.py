@@ -40,8 +40,9 @@ def test_two_recipes_in_one_table_and_one_page(tmp_path: Path) -> None:
         path.unlink() if path.is_file() else path.rmdir()
     (foreign / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="holds files that no run wrote"):
-        compare(Comparison(recipes=["smora"]), tmp_path, QUICK)
+        compare(Comparison(recipes=["single", "smora"]), tmp_path, QUICK)
     assert (foreign / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "single" / "summary.json").is_file()  # nothing was replaced before that was found
 
 
 def test_unequal_sizes_are_refused_before_anything_is_trained(tmp_path: Path, monkeypatch: Any) -> None:
@@ -68,6 +69,19 @@ def test_a_comparison_and_a_recipe_are_told_apart() -> None:
     with pytest.raises(ConfigError, match="run `moelora ablate compare_routers`"):
         read_recipe("compare_routers")
     assert "compare_routers" in shipped_recipes()
+
+
+def test_runs_cannot_be_sent_to_one_folder_where_each_would_replace_the_last(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "recipe.yaml").write_text("a run of mine")
+    for comparison, more in (
+        (Comparison(recipes=["single", "smora"]), [f"training.output_dir={mine}"]),
+        (Comparison(recipes=["single"], overrides={"training.output_dir": str(mine)}), []),
+    ):
+        with pytest.raises(ConfigError, match="a folder for every run"):
+            compare(comparison, tmp_path / "out", [*QUICK, *more])
+    assert (mine / "recipe.yaml").read_text() == "a run of mine"
 
 
 def test_two_runs_of_one_name(tmp_path: Path) -> None:
