@@ -16,10 +16,8 @@ from moelora.core.errors import ConfigError
 from moelora.core.methods import Methods
 from moelora.core.validate import Strict, check, nearest
 from moelora.data.config import DataConfig
+from moelora.model.base import TINY
 from moelora.model.config import AdapterConfig, resolve
-
-TINY = "moelora/tiny"
-"""The base model that comes with the package."""
 
 
 class Recipe(Strict):

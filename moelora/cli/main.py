@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ app.add_typer(recipes_app, name="recipes")
 Plugins = Annotated[
     list[Path] | None, typer.Option("--plugin", help="Python file with a method of your own; repeatable.")
 ]
+Force = Annotated[bool, typer.Option("--force", help="Do not compare the base model's weights.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides, for instance training.max_steps=100")]
 
 
@@ -85,6 +86,7 @@ def eval(
     overrides: Overrides = None,
     base: Annotated[str | None, typer.Option(help="Another place of the base model.")] = None,
     plugin: Plugins = None,
+    force: Force = False,
     routing: Annotated[bool, typer.Option("--routing", help="Show what the router of each layer did, too.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables, routing included.")] = False,
 ) -> None:
@@ -95,7 +97,7 @@ def eval(
         from moelora.cli.show import routing_table, task_table
         from moelora.train.use import evaluate_folder
 
-        found = evaluate_folder(folder, overrides or [], base, plugin or [])
+        found = evaluate_folder(folder, overrides or [], base, plugin or [], force)
         if json:
             print(encoder.dumps(found, indent=1))
             return
@@ -114,12 +116,13 @@ def generate(
     seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
     task: Annotated[str | None, typer.Option(help="The recipe's task it belongs to, for routers by task.")] = None,
     plugin: Plugins = None,
+    force: Force = False,
 ) -> None:
     """Answer one prompt, or chat (an empty line ends it)."""
     with _readable_errors():
         from moelora.train.use import Chat
 
-        chat = Chat(folder, base, plugin or [], max_new_tokens, temperature, seed, task)
+        chat = Chat(folder, base, plugin or [], max_new_tokens, temperature, seed, task, force)
         if prompt is not None:
             print(chat.answer(prompt))
             return
@@ -130,23 +133,62 @@ def generate(
 
 @app.command()
 def inspect(
-    folders: Annotated[list[Path], typer.Argument(help="PEFT LoRA folders, or folders written by moelora.")],
+    adapters: Annotated[list[str], typer.Argument(help="Folders or hub ids: PEFT LoRAs, or what moelora wrote.")],
+    base: Annotated[
+        str | None, typer.Option(help="Base model to prove them on: each alone in it, logits compared.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show what adapters hold and which of them can be experts; exit code 1 when one cannot."""
+    """Show what adapters hold and which can be experts together; exit code 1 when one cannot."""
     with _readable_errors():
         import json as encoder
 
         from moelora.cli.show import adapter_table
+        from moelora.model.base import load_model
         from moelora.tools.inspect import inspect_adapters
 
-        entries = inspect_adapters(folders)
+        found = inspect_adapters(adapters, None if base is None else load_model(base))
         if json:
-            print(encoder.dumps(entries, indent=1))
+            print(encoder.dumps(found, indent=1))
         else:
-            adapter_table(entries)
-        if any(entry["error"] for entry in entries):
+            adapter_table(found)
+        if any(entry["error"] for entry in found["adapters"]):
             raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A folder written by `moelora train` or `moelora.save`.")],
+    dest: Annotated[Path, typer.Argument(help="A new folder.")],
+    to: Annotated[str, typer.Option(help="peft, merged, lora or vllm: see above.")],
+    base: Annotated[str | None, typer.Option(help="Another place of the base model.")] = None,
+    task: Annotated[str | None, typer.Option(help="Name or number of a task, for routers by task.")] = None,
+    rank: Annotated[int | None, typer.Option(help="lora, vllm: cut every layer down to this rank.")] = None,
+    probe: Annotated[Path | None, typer.Option(help="lora: rows to fit and measure on; the recipe's if none.")] = None,
+    fit: Annotated[str, typer.Option(help="lora: least_squares or average; both are measured.")] = "least_squares",
+    dequantize: Annotated[bool, typer.Option("--dequantize", help="merged: a quantised base, unquantised.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Do not compare the base model's weights.")] = False,
+    plugin: Plugins = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Write an adapter for tools that know no routers; what was written is compared with the model.
+
+    peft: every expert a LoRA. merged: the base model with the experts in its weights, for a router that does not look
+    at the token. lora: one LoRA; where the router looks at the token it comes near, and the distance is measured.
+    vllm: LoRAs that vLLM serves.
+    """
+    with _readable_errors():
+        import json as encoder
+
+        from moelora.cli.show import export_table
+        from moelora.train.export import export_folder
+
+        options: dict[str, Any] = {"base": base, "task": task, "rank": rank, "probe": probe, "choice": fit}
+        done = export_folder(folder, dest, to, **options, dequantize=dequantize, force=force, plugins=plugin or [])
+        if json:
+            print(encoder.dumps(done.to_json(), indent=1))
+        else:
+            export_table(done)
 
 
 @recipes_app.command("ls")

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from moelora.cli.catalogue import catalogue
@@ -101,26 +102,44 @@ def routing_table(routing: Mapping[str, Any]) -> None:
         print(f"collapsed layers: {collapsed}; try losses: {{balance: 0.01}} or a lower learning rate")
 
 
-def adapter_table(entries: Iterable[Mapping[str, Any]]) -> None:
-    """One row per adapter, then why some cannot be experts, and whether the rest fit one model."""
-    good = [entry for entry in entries if not entry["error"]]
-    table = Table("adapter", "base model", "rank", "scale", "modules", "targets", box=box.SIMPLE_HEAD)
-    for column in ("parameters", "dtype", "norm", "zero"):
+def adapter_table(found: Mapping[str, Any]) -> None:
+    """One row per adapter, then why some cannot be experts, and the lines of a recipe that mixes the rest."""
+    good = [entry for entry in found["adapters"] if "ranks" in entry]
+    columns = ("adapter", "base model", "rank", "alpha", "scale", "layers", "targets", "dtype", "also")
+    table = Table(*columns, box=box.SIMPLE_HEAD)
+    proven = any("difference" in entry for entry in good)
+    for column in ("size", "norm", "zero", *(["difference"] if proven else []), "group"):
         table.add_column(column, justify="right")
     for entry in good:
-        several = [", ".join(f"{value:g}" for value in entry[key]) for key in ("ranks", "scales")]
-        what = (*several, str(entry["modules"]), ", ".join(sorted(entry["targets"])))
-        figures = (f"{entry['parameters']:,}", ", ".join(entry["dtypes"]), f"{entry['norm']:.3g}", str(entry["zero"]))
-        table.add_row(entry["folder"], entry["base_model"] or "?", *what, *figures)
+        several = [", ".join(f"{value:g}" for value in entry[key]) for key in ("ranks", "alphas", "scales")]
+        words = [", ".join(entry[key]) for key in ("targets", "dtypes", "kinds")]
+        what = (*several, str(entry["modules"]), *words)
+        figures = [decimal(entry["bytes"]), f"{entry['norm']:.3g}", str(entry["zero"])]
+        if proven:
+            figures.append(f"{entry['difference']:.1e}" if "difference" in entry else "")
+        table.add_row(
+            entry["adapter"],
+            entry["base_model"] or "?",
+            *what,
+            *figures,
+            "" if entry["group"] is None else chr(65 + entry["group"] % 26),
+        )
     if good:
         _wide_console().print(table)
-        print("norm: of all updates together. zero: modules whose update is zero")
-    for entry in entries:
+        print("norm: of all updates together. zero: layers whose update is zero. Experts of one group go together")
+        if proven:
+            print("difference: expert alone against adapter alone, logits on a probe, relative to the adapter's effect")
+    for entry in found["adapters"]:
         if entry["error"]:
             print(f"cannot be an expert: {entry['error']}")
-    bases = sorted({entry["base_model"] or "?" for entry in good})
-    if len(bases) > 1:
-        print(f"made for {len(bases)} base models, so not all can be experts of one: {', '.join(bases)}")
+    for index, group in enumerate(found["groups"]):
+        if group["experts"]["num_experts"] > 1:
+            keys = ", ".join(f"{key}: {_yaml(value)}" for key, value in group["experts"].items())
+            print(f"\n{chr(65 + index % 26)}: experts: {{{keys}}}\n   target_modules: {_yaml(group['target_modules'])}")
+
+
+def _yaml(value: Any) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
 
 
 def _cell(values: Mapping[str, Any] | None) -> str:
@@ -148,3 +167,30 @@ def methods_table(plugins: Iterable[Path], as_json: bool) -> None:
                 for line in textwrap.wrap(text, max(40, console.width - wide - 2)):
                     console.print(f"  {label:{wide}}{line}", markup=False, style=None if label else "dim")
                     label = ""
+
+
+def export_table(export: Any) -> None:
+    """What was written, how far it is from the model, and what the user must know."""
+    measured = export.figures.get("measured")
+    if measured:
+        table = Table("on held-out tokens", box=box.SIMPLE_HEAD)
+        for column in ("KL divergence", "same top-1", "update error", "worst layer"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for name, row in measured.items():
+            said = f"{name} (written)" if name == export.figures["written"] else name
+            figures = (f"{row['kl']:.4g}", f"{100 * row['top1_agreement']:.1f} %", f"{100 * row['update_error']:.1f} %")
+            table.add_row(said, *figures, f"{100 * max(row['sites'].values()):.1f} %")
+        Console().print(table)
+        print("against the routed model: KL of next-token predictions in nats; error of the layers' updates, relative")
+    cut = export.figures.get("truncation", {"relative_error": {}})
+    for name, errors in cut["relative_error"].items():
+        worst = max(errors, key=errors.__getitem__)
+        if errors[worst]:
+            print(f"rank {cut['rank']}: {name} loses up to {100 * errors[worst]:.3g} % of an update ({worst})")
+    module, error = export.worst
+    if not measured:
+        read = f"{len(export.errors)} modules read again and compared with the model"
+        print(f"{read}; largest relative error of an update: {error:.2g} ({module})")
+    for note in export.notes:
+        print(f"note: {note}")
+    print(f"{export.kind}: {export.folder}")

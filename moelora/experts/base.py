@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from moelora.core.errors import ConfigError
 from moelora.core.factors import Factors
 from moelora.core.module import ExactBuffers
 from moelora.core.route import Route
@@ -27,16 +28,29 @@ class Experts(ExactBuffers, ABC):
 
     gives: what routers and losses may need of it: ``"own_A"`` when every expert has its own rows of A and columns of B
         (R = num_experts * r), ``"shared_A"`` when all have one A (R = r), ``"core"`` when it fills ``Factors.core``.
+
+    Experts that started from adapters may differ from each other, and have more than low-rank factors:
+
+    ranks: the rank of each; its rows beyond that are zero. present: [R] bool, rows of experts that have this layer, or
+        None: an expert without it keeps its gate. vectors: what adapters hold beside A and B, by PEFT's names, as they
+        were saved. stretch, shift: [E, O] or None, what these make of the base layer's output y: g (stretch y + shift).
     """
 
     gives: ClassVar[tuple[str, ...]]
     scale: Tensor
+    present: Tensor | None
+    stretch: Tensor | None
+    shift: Tensor | None
 
     def __init__(self, site: Site, num_experts: int, r: int) -> None:
         super().__init__()
         self.site, self.num_experts, self.r = site, num_experts, r
         self.anchored: tuple[str, ...] = ()
+        self.ranks = [r] * num_experts
+        self.vectors: list[dict[str, Tensor]] = [{} for _ in range(num_experts)]
         self.register_buffer("scale", torch.ones(num_experts * r), persistent=False)
+        for name in ("present", "stretch", "shift"):
+            self.register_buffer(name, None, persistent=False)
 
     @abstractmethod
     def factors(self) -> Factors:
@@ -67,9 +81,33 @@ class Experts(ExactBuffers, ABC):
         pairs = ((parameter, getattr(self, f"anchor_{name}")) for name, parameter in self.named_parameters())
         return replace(self.factors(), anchors=tuple(pairs))
 
-    def keep_scale(self) -> None:
-        """Make the scale part of what is saved, where experts may have one each."""
-        self.register_buffer("scale", self.scale)
+    def admit(self, route: Route) -> Route:
+        """The route with the gates of absent experts spread over the present ones, in proportion; their sum stays."""
+        if self.present is None:
+            return route
+        here = self.present.view(route.units, -1).any(1)
+        kept = route.weight * (here if route.index is None else here[route.index])
+        whole, left = route.weight.sum(-1, keepdim=True), kept.sum(-1, keepdim=True)
+        nothing = left == 0
+        return replace(route, weight=kept * (whole / left.masked_fill(nothing, 1)).masked_fill(nothing, 1))
+
+    def beside(self, route: Route, y: Tensor) -> Tensor | None:
+        """What the experts add besides their low-rank update, [T, O], from the base layer's output y [T, O].
+
+        Raises ConfigError for a router that gates anything but whole experts.
+        """
+        if self.shift is None:
+            return None
+        if route.units != self.num_experts:
+            raise ConfigError(
+                f"'{self.site.name}' has experts with a bias or a magnitude (DoRA), which take the gate of a whole "
+                f"expert; this router has {route.units} gates for {self.num_experts} experts; choose another router"
+            )
+        gate = route.dense().to(self.shift.dtype)
+        added = gate @ self.shift
+        if self.stretch is not None:
+            added = added + (gate @ self.stretch) * y.to(added.dtype)
+        return added.to(y.dtype)
 
     def keep_anchors(self) -> None:
         """Room for a copy of every parameter as it was at the start, for losses that pull back to it."""

@@ -3,6 +3,9 @@
 Paper: Hu et al., LoRA, arXiv 2106.09685; the mixture of E of them is one LoRA of rank E*r with gated ranks.
 Shapes: lora_A [E*r, D], lora_B [O, E*r]; expert e owns rows (columns) e*r to (e+1)*r.
 
+Experts read from DoRA adapters (Liu et al., arXiv 2402.09353) stretch the rows of B by m / ||W + s B A||, as they do
+the base layer's output.
+
 Recipe line: ``experts: {name: lora, num_experts: 8, r: 8, lora_alpha: 16}``
 """
 
@@ -27,4 +30,7 @@ class LoRA(Experts):
         self.lora_B = nn.Parameter(torch.empty(site.out_features, num_experts * r))
 
     def factors(self) -> Factors:
-        return Factors(self.lora_A, self.lora_B, self.scale)
+        if self.stretch is None:
+            return Factors(self.lora_A, self.lora_B, self.scale)
+        rows = (1 + self.stretch.t()).repeat_interleave(self.r, 1)
+        return Factors(self.lora_A, self.lora_B * rows, self.scale)  # float32 at least, whatever the files have

@@ -10,23 +10,28 @@ This module knows files and tensors, not models. Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import re
+from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import FailFast, ValidationError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from moelora.core.errors import AdapterError, OutputError
 from moelora.core.validate import Strict
+from moelora.io.files import open_inside, read_object, sha256_of, short
+from moelora.io.tensors import TensorFile
 
 MANIFEST = "moelora.json"
 FORMAT = 1
+MAX_MANIFEST, MAX_VALUES, MAX_EXPERTS = 8 << 20, 200_000, 4096
+PART = "[A-Za-z0-9_.-]{1,200}"
+PIN = re.compile(rf"{PART}/{PART}(/{PART})*@[0-9a-f]{{40}}")
 
 
 class BaseInfo(Strict):
@@ -46,15 +51,23 @@ class SiteInfo(Strict):
     out_features: int
 
 
+class Pin(Strict):
+    """An expert that is on the hub and not in the folder: ``org/name[/subfolder]@commit``, and its files' sha256."""
+
+    adapter: str
+    files: dict[str, str]
+
+
 class Manifest(Strict):
-    """The content of moelora.json."""
+    """The content of moelora.json. experts: in order, which is the routers'; those with a pin have no files here."""
 
     format: int
     moelora: str
     base: BaseInfo
     adapter: dict[str, Any]
-    sites: list[SiteInfo]
+    sites: Annotated[list[SiteInfo], FailFast()]
     experts: list[str]
+    pins: dict[str, Pin] = {}
     files: dict[str, str]
 
 
@@ -72,60 +85,118 @@ def write_folder(folder: Path, manifest: dict[str, Any], files: dict[str, dict[s
         raise OutputError(f"{error.filename or folder}: cannot write the adapter: {error.strerror or error}") from error
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of an adapter folder. Raises AdapterError."""
+def read_manifest(folder: Path, root: Path | None = None) -> Manifest:
+    """The manifest of an adapter folder. root: where links may lead, if not only into the folder. Raises AdapterError.
+
+    Its names of files and experts are plain relative paths, none of them twice. Pins are of the hub, at whole commits.
+    """
     path = folder / MANIFEST
-    if not path.is_file():
-        peft = (folder / "adapter_config.json").is_file()
+    if not os.path.isfile(path):
+        peft = os.path.isfile(folder / "adapter_config.json")
         found = "a PEFT adapter, not a moelora one" if peft else "no such file"
         raise AdapterError(f"{path}: {found}; expected a folder written by moelora.save or `moelora train`")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and content.get("format") != FORMAT:
-            raise AdapterError(
-                f"{path}: format {content.get('format')!r}; this version reads format {FORMAT}, update moelora"
-            )
-        return Manifest.model_validate(content)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{path}: not JSON ({error}); the file is damaged, save the adapter again") from None
+        content = read_object(folder, MANIFEST, MAX_MANIFEST, root)
+    except AdapterError as error:
+        raise AdapterError(str(error).replace(f"{path}: JSON: found", f"{path}: not JSON:", 1)) from None
+    if content.get("format") != FORMAT:
+        found = short(content.get("format"))
+        raise AdapterError(f"{path}: format {found}; this version reads format {FORMAT}, update moelora")
+    _check_count(path, content)
+    try:
+        manifest = Manifest.model_validate(content)
     except ValidationError as error:
-        fault = error.errors()[0]
-        raise AdapterError(f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+        fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ascii(".".join(map(str, fault["loc"])))[1:-1]
+        raise AdapterError(f"{path}: {place[:200]}: {fault['msg']}") from None
+    _check_names(path, "files", manifest.files, rf"{PART}(/{PART})*")
+    _check_names(path, "experts", manifest.experts, PART)
+    experts = set(manifest.experts)
+    for name, pin in manifest.pins.items():
+        if name not in experts:
+            raise AdapterError(f"{path}: pins: {short(name)} is not in experts")
+        if PIN.fullmatch(pin.adapter) is None or {".", ".."} & set(pin.adapter.partition("@")[0].split("/")):
+            raise AdapterError(f"{path}: pins: {short(pin.adapter)}; expected org/name@commit, of 40 digits")
+    return manifest
 
 
-def read_tensors(folder: Path, manifest: Manifest) -> dict[str, dict[str, Tensor]]:
-    """Tensors of every safetensors file in the manifest, by file. Raises AdapterError for any change since saving."""
+def read_tensors(folder: Path, manifest: Manifest, root: Path | None = None) -> dict[str, dict[str, Tensor]]:
+    """Tensors of every safetensors file in the manifest, by file. Raises AdapterError for any change since saving.
+
+    The header of a file is checked first, then its hash, and only then its tensors are read.
+    """
     found = {}
-    for name, expected in manifest.files.items():
-        path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or not path.resolve().is_relative_to(folder.resolve()):
-            raise AdapterError(f"{folder / MANIFEST}: files: '{name}' leaves the folder")
-        if not path.is_file():
-            raise AdapterError(f"{path}: missing, though {MANIFEST} lists it; copy the whole folder")
-        if not name.endswith(".safetensors"):
-            continue
-        actual = _sha256(path)
-        if actual != expected:
-            raise AdapterError(f"{path}: sha256 {actual[:12]}..., expected {expected[:12]}...; the file was changed")
-        try:
-            found[name] = load_file(path)
-        except SafetensorError as error:
-            raise AdapterError(f"{path}: not a safetensors file ({error})") from None
-        bad = next((key for key, value in found[name].items() if not torch.isfinite(value).all()), None)
-        if bad is not None:
-            raise AdapterError(f"{path}: {bad} holds NaN or infinite values; the training run that wrote it diverged")
+    for name in manifest.files:
+        _check_listed(folder, name, root)
+        if name.endswith(".safetensors"):
+            found[name] = _read_file(folder, name, manifest, root)
     return found
 
 
-def read_json(folder: Path, manifest: Manifest, name: str) -> Any:
+def read_json(folder: Path, manifest: Manifest, name: str, root: Path | None = None) -> dict[str, Any]:
     """The content of a JSON file in the manifest. Raises AdapterError for any change since saving."""
-    path = folder / name
-    if not path.is_file():
-        raise AdapterError(f"{path}: missing, though {MANIFEST} lists it; copy the whole folder")
-    actual, expected = _sha256(path), manifest.files.get(name, "")
+    _check_listed(folder, name, root)
+    content = read_object(folder, name, root=root)
+    _check_hash(folder, name, manifest, root)
+    return content
+
+
+def _check_count(path: Path, content: dict[str, Any]) -> None:
+    """Raise AdapterError for more values than a mixture has: finding fault with each of millions would take minutes."""
+    left, stack = MAX_VALUES, [content]
+    while stack:
+        value: Any = stack.pop()
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        left -= len(inside)
+        if left < 0:
+            raise AdapterError(f"{path}: more than {MAX_VALUES} values; the file is damaged, save the adapter again")
+        stack.extend(inside)
+    for key in ("experts", "pins"):
+        if isinstance(content.get(key), list | dict) and len(content[key]) > MAX_EXPERTS:
+            raise AdapterError(f"{path}: {key}: {len(content[key])} of them, expected at most {MAX_EXPERTS}")
+
+
+def _check_names(path: Path, key: str, names: Iterable[str], rule: str) -> None:
+    """Raise AdapterError unless every name is of plain parts, and there once."""
+    seen: set[str] = set()
+    for name in names:
+        parts = name.split("/")
+        if name.startswith("/") or ".." in parts:
+            raise AdapterError(f"{path}: {key}: {short(name)} leaves the folder")
+        if re.fullmatch(rule, name) is None or "." in parts:
+            raise AdapterError(f"{path}: {key}: {short(name)}; expected letters, digits, '_', '.' and '-'")
+        if name in seen:
+            raise AdapterError(f"{path}: {key}: {short(name)} twice; expected every name once")
+        seen.add(name)
+
+
+def _check_listed(folder: Path, name: str, root: Path | None) -> None:
+    if not os.path.isfile(folder / name):
+        raise AdapterError(f"{folder / name}: missing, though {MANIFEST} lists it; copy the whole folder")
+    open_inside(folder, name, root).close()
+
+
+def _check_hash(folder: Path, name: str, manifest: Manifest, root: Path | None) -> None:
+    actual, expected = sha256_of(folder, name, root), manifest.files.get(name, "")
     if actual != expected:
-        raise AdapterError(f"{path}: sha256 {actual[:12]}..., expected {expected[:12]}...; the file was changed")
-    return json.loads(path.read_text(encoding="utf-8"))
+        raise AdapterError(
+            f"{folder / name}: sha256 {actual[:12]}..., expected {short(expected[:12])[1:-1]}...; the file was changed"
+        )
+
+
+def _read_file(folder: Path, name: str, manifest: Manifest, root: Path | None) -> dict[str, Tensor]:
+    path = folder / name
+    try:
+        file = TensorFile(folder, name, root)
+    except AdapterError as error:
+        cause = str(error).removeprefix(f"{path}: ")
+        raise AdapterError(f"{path}: not a safetensors file, or the file was changed ({cause})") from None
+    with closing(file):
+        _check_hash(folder, name, manifest, root)
+        try:
+            return {key: file.read(key) for key in file.entries}
+        except AdapterError as error:
+            raise AdapterError(str(error).replace(": found NaN", " holds NaN", 1)) from None
 
 
 def _write(path: Path, content: dict[str, Tensor] | str) -> str:
@@ -137,14 +208,6 @@ def _write(path: Path, content: dict[str, Tensor] | str) -> str:
         save_file({key: value.contiguous() for key, value in content.items()}, partial, metadata={"format": "pt"})
     with open(partial, "rb+") as file:
         os.fsync(file.fileno())
-    digest = _sha256(partial)
+    digest = sha256_of(partial.parent, partial.name)
     os.replace(partial, path)
     return digest
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from moelora.core.errors import ConfigError
 from moelora.core.methods import Methods
-from moelora.model.adapters import fill_from_adapters
+from moelora.model.adapters import fill_experts, full_modules, is_lora
 from moelora.model.config import AdapterConfig, build_init, build_losses, build_sites, find_sites, resolve
 from moelora.model.ffn import block_layers
 from moelora.model.layer import RoutedLinear
 from moelora.model.record import Adaptation, main_process, routed_layers
 from moelora.model.routed import RoutedModel, replaying
-from moelora.model.saved import TrainedCopy, find_saved
+from moelora.model.saved import TrainedCopy, fill_saved, find_saved
+from moelora.model.sources import open_sources, pinned, warn_of_other_bases
 from moelora.routers.base import Router
 
 Base = TypeVar("Base", bound=nn.Module)
@@ -41,21 +42,43 @@ def adapt(
         model = moelora.adapt(model, {"router": {"name": "smora", "top_k": 8}, "experts": {"r": 64}})
     """
     methods = Methods(plugins)
-    attach(model, resolve(config, methods), methods, initialise=True)
+    resolved = resolve(config, methods)
+    sources = open_sources(resolved.experts.adapters)
+    full = full_modules(model, sources, resolved)
+    init = build_init(resolved, methods)
+
+    def start(layers: dict[str, RoutedLinear]) -> None:
+        for layer in layers.values():
+            if not (sources and is_lora(layer.experts)):  # those are filled whole
+                init(layer.experts)
+        if sources:
+            fill_experts(model, layers, sources, resolved)
+        for layer in layers.values():
+            layer.experts.set_anchors()
+            layer.router.prepare(layer.experts.factors())
+
+    record = attach(model, pinned(resolved, sources), methods, start)
+    record.pins = [source.pin for source in sources]
+    warn_of_other_bases(sources, model, record.fingerprint)
+    fill_saved(model, full)
     if verbose and main_process():
         print_table(model)
     return model
 
 
-def attach(model: nn.Module, config: AdapterConfig, methods: Methods, initialise: bool) -> None:
-    """``adapt`` with a resolved configuration; the experts stay empty unless ``initialise``."""
+def attach(
+    model: nn.Module, config: AdapterConfig, methods: Methods, start: Callable[[dict[str, RoutedLinear]], None]
+) -> Adaptation:
+    """``adapt`` with a resolved configuration. start: gives the layers, by path, all their values.
+
+    Until ``start`` has returned the model is as it was.
+    """
     if isinstance(model, RoutedModel):
         raise ConfigError("this model has experts already; start from a fresh base model")
     sites, saved = find_sites(model, config), find_saved(model, config.modules_to_save)
     losses = build_losses(config, methods)
     router_class: type[Router] = methods.find("routers", config.router["name"])
     record = Adaptation(config, methods, sites, losses, router_class, fingerprint(model, [site.name for site in sites]))
-    init = build_init(config, methods)
     checkpointed = {  # turned on before the experts came
         module: replaying(cast(Any, module)._gradient_checkpointing_func, record.port)
         for module in model.modules()
@@ -71,15 +94,9 @@ def attach(model: nn.Module, config: AdapterConfig, methods: Methods, initialise
         router, experts = router.to(dtype), experts.to(dtype)
         if experts.anchored:
             experts.keep_anchors()  # buffers stayed as they were: again, in the parameters' dtype
-        if initialise:
-            init(experts)
         layer = kind(base_layer, site, experts, router, losses, record.port, config.experts.lora_dropout)
         layers[site.name] = layer.train(base_layer.training)
-    if initialise:
-        fill_from_adapters(layers, config, record.fingerprint)
-        for layer in layers.values():
-            layer.experts.set_anchors()
-            layer.router.prepare(layer.experts.factors())
+    start(layers)
 
     model.requires_grad_(False)  # the model has not been touched so far; from here on nothing can fail
     for name, layer in layers.items():
@@ -93,6 +110,7 @@ def attach(model: nn.Module, config: AdapterConfig, methods: Methods, initialise
     model.moelora = record  # type: ignore[assignment]
     for module, checkpointing in checkpointed.items():
         module._gradient_checkpointing_func = checkpointing  # type: ignore[assignment]
+    return record
 
 
 def _check_router(model: nn.Module, record: Adaptation) -> None:

@@ -1,103 +1,83 @@
-"""Reading the experts of saved adapters, stacked as the layers hold them."""
+"""Adapters become experts: layer after layer read, stacked, and proven to compute what they did alone."""
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moelora.core.errors import AdapterError
+from moelora.core.route import Route
 from moelora.experts.base import Experts
 from moelora.experts.core import joint_core_space
-from moelora.io.folder import MANIFEST, Manifest, read_json, read_manifest, read_tensors
-from moelora.io.peft import CONFIG, LoRATensors, read_peft
+from moelora.io.peft import LoRATensors
 from moelora.model.config import AdapterConfig
 from moelora.model.layer import RoutedLinear
 from moelora.model.record import main_process
+from moelora.model.saved import find_saved
+from moelora.model.sources import Source, bias_of, check_fit, dense_weight
 
-ROUTER_FILE = "router.safetensors"
-PEFT_PREFIX = "base_model.model."
+EXACT, TOLERANCE = 1e-10, 1e-6
+"""Largest difference that a proof lets pass at any output, relative to the sum of its absolute terms.
 
-
-def merged_tensors(folder: Path, manifest: Manifest, config: AdapterConfig) -> dict[str, Tensor]:
-    """All tensors by module path, the experts' halves stacked again."""
-    files = read_tensors(folder, manifest)
-    merged = dict(files.get(ROUTER_FILE, {}))
-    parts = [files.get(f"experts/{name}/adapter_model.safetensors", {}) for name in manifest.experts]
-    everywhere = isinstance(config.experts.num_experts, int)
-    for name, part in zip(manifest.experts, parts, strict=True):
-        for key in sorted(parts[0].keys() ^ part.keys()):
-            has, lacks = (manifest.experts[0], name) if key in parts[0] else (name, manifest.experts[0])
-            if everywhere or lacks == manifest.experts[0]:  # with a list, some layers have fewer experts
-                raise AdapterError(f"{folder}/experts/{lacks}: no tensor {key}, which {has} has")
-        for key, value in part.items():
-            if value.shape != parts[0][key].shape:
-                raise AdapterError(
-                    f"{folder}/experts/{name}: tensor {key} is {tuple(value.shape)}, in {manifest.experts[0]} "
-                    f"{tuple(parts[0][key].shape)}"
-                )
-    for key in parts[0] if parts else ():
-        path, _, half = key.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".")
-        stack = [part[key] for part in parts if key in part]
-        merged[f"{path}.experts.{half}"] = torch.cat(stack, dim=0 if half == "lora_A" else 1)
-    return merged
+The second is for what is kept in float32 of DoRA and of biases.
+"""
 
 
-@dataclass(frozen=True)
-class TrainedLoRA:
-    """A [r, D], B [O, r] and scale of one expert at one site, and the folder it is from."""
-
-    A: Tensor
-    B: Tensor
-    scale: float
-    folder: Path
+def is_lora(experts: Experts) -> bool:
+    """Whether every expert is a LoRA of its own."""
+    return {name for name, _ in experts.named_parameters()} == {"lora_A", "lora_B"} and "own_A" in experts.gives
 
 
 @torch.no_grad()
-def fill_from_adapters(layers: Mapping[str, RoutedLinear], config: AdapterConfig, fingerprint: str | None) -> None:
-    """Give the layers the experts of ``config.experts.adapters``, folder after folder.
+def fill_experts(
+    model: nn.Module, layers: Mapping[str, RoutedLinear], sources: Sequence[Source], config: AdapterConfig
+) -> None:
+    """Give the layers the experts of ``sources``, one each, and prove each of them.
 
-    fingerprint: that of the base model; another one in a folder is said in a warning.
-
-    A folder is one that moelora wrote, with all its experts, or a PEFT LoRA, which is one expert; where a PEFT LoRA has
-    no module for a layer, its expert adds nothing there. LoRA experts keep their own scale, and ranks below r are
-    filled up with zeros, which is exact. Core experts take any rank; a core space too small for all is said in a
-    warning. Raises AdapterError unless the folders hold plain LoRAs for these layers, as many as there are experts,
-    and, for LoRA experts, of no higher rank.
+    LoRA experts keep their own rank (filled up with zeros, which is exact), scale, and what they have beside A and B.
+    Frozen ones keep the dtype of the files, where that is one. Core experts take any rank; a core space too small for
+    all is said in a warning. Everything is checked before a tensor is read, and no more than one layer of all adapters
+    is in memory besides the experts. Raises AdapterError.
     """
-    folders = [Path(folder) for folder in config.experts.adapters]
-    if not folders:
-        return
-    parts = [experts_of(folder, layers) for folder in folders]
-    saved = [read_manifest(folder) for folder in folders if (folder / MANIFEST).is_file()]
-    others = [manifest.base.model for manifest in saved if manifest.base.fingerprint not in (fingerprint, None)]
-    if others and fingerprint is not None and main_process():
-        warnings.warn(
-            f"experts.adapters: some were trained beside other weights than this model's, of '{others[0]}'",
-            stacklevel=2,
-        )
+    for path, layer in layers.items():
+        beyond = sources[layer.experts.num_experts :]
+        if len(sources) < layer.experts.num_experts or any(path in source.adapter.modules for source in beyond):
+            raise AdapterError(
+                f"experts.adapters: {len(sources)} experts in {', '.join(str(s.folder) for s in sources)}, but "
+                f"num_experts is {layer.experts.num_experts} at '{path}'"
+            )
+    where = [str(source.folder.resolve()) for source in sources]
+    if config.experts.train == "none" and config.experts.adapters and len({*where}) < len(where):
+        twice = next(folder for folder in where if where.count(folder) > 1)
+        raise AdapterError(f"experts.adapters: {twice} twice, and frozen experts that are the same have no use")
+    for source in sources:
+        check_fit(source, model, {path: layer.site for path, layer in layers.items()})
+    _check_kind(next(iter(layers.values())).experts, layers, sources, config)
     errors: dict[str, float] = {}
     for path, layer in layers.items():
-        loras = [lora for part in parts for lora in part[path]]
-        if len(loras) != layer.experts.num_experts:
-            raise AdapterError(
-                f"experts.adapters: {len(loras)} experts in {', '.join(map(str, folders))}, but num_experts is "
-                f"{layer.experts.num_experts} at '{path}'"
-            )
-        names = {name for name, _ in layer.experts.named_parameters()}
-        if names == {"lora_A", "lora_B"} and "own_A" in layer.experts.gives:
-            _stack(layer.experts, loras, config)
-        elif names == {"lora_A", "core", "lora_B"} and "core" in layer.experts.gives:
-            errors[path] = _project(layer.experts, loras)
+        loras = [source.read(path, layer.base_layer) for source in sources[: layer.experts.num_experts]]
+        if is_lora(layer.experts):
+            kinds = [kind for source in sources if (kind := source.dtype(path)) is not None]
+            wide = functools.reduce(torch.promote_types, kinds, kinds[0]) if kinds else None
+            _stack(layer, loras, wide if config.experts.train == "none" else None)
+            _prove(path, layer, loras, sources)
         else:
-            raise AdapterError(f"experts.adapters: experts '{config.experts.name}' cannot start from LoRA adapters")
+            errors[path] = _project(layer.experts, loras)
+    for layer in layers.values():
+        if is_lora(layer.experts) and config.experts.absent == "redistribute":
+            block = [other for other in layers.values() if other.site.parent == layer.site.parent]
+            _mark_present(layer.experts, [layer] if type(layer) is RoutedLinear else block)
+    for source in sources:
+        source.adapter.file.close()
     worst = max(errors, key=errors.__getitem__, default="")
     if errors.get(worst, 0) > 1e-6 and main_process():
-        ranks = sum(lora.A.shape[0] for part in parts for lora in part[worst])
+        ranks = sum(source.rank(worst) for source in sources)
         warnings.warn(
             f"experts.adapters: a core space of rank {config.experts.r} does not hold all of these LoRAs: at '{worst}' "
             f"{100 * errors[worst]:.3g} % of them is lost (relative Frobenius norm, worst layer); r: {ranks} is exact",
@@ -105,32 +85,154 @@ def fill_from_adapters(layers: Mapping[str, RoutedLinear], config: AdapterConfig
         )
 
 
-def _stack(experts: Experts, loras: list[TrainedLoRA], config: AdapterConfig) -> None:
-    r = config.experts.r
-    for lora in loras:
-        if lora.A.shape[0] > r:
-            highest = max(other.A.shape[0] for other in loras)
-            raise AdapterError(f"{lora.folder}: rank {lora.A.shape[0]}, but r is {r} here; set experts.r to {highest}")
+def _check_kind(
+    experts: Experts, layers: Mapping[str, RoutedLinear], sources: Sequence[Source], config: AdapterConfig
+) -> None:
+    name, r = config.experts.name, config.experts.r
+    if not is_lora(experts):
+        held = {name for name, _ in experts.named_parameters()}
+        if held != {"lora_A", "core", "lora_B"} or "core" not in experts.gives:
+            raise AdapterError(f"experts.adapters: experts '{name}' cannot start from LoRA adapters")
+    else:
+        highest = max(source.rank(path) for source in sources for path in layers)
+        for source in sources:
+            own = max(source.rank(path) for path in layers)
+            if own > r:
+                what = f" ({source.adapter.moved} doubles it)" if source.adapter.moved else ""
+                raise AdapterError(f"{source.folder}: rank {own}{what}, but r is {r} here; set experts.r to {highest}")
+    odd = next((source for source in sources if not source.plain), None)
+    if odd is None:
+        return
+    kinds = {"magnitude": "DoRA", "bias": "lora_bias", "base_bias": "trained biases"}
+    parts = {part for module in odd.adapter.modules.values() for part in module.entries}
+    what = f"{odd.folder}: {' and '.join(kind for part, kind in kinds.items() if part in parts)}"
+    if name != "lora" or type(next(iter(layers.values()))) is not RoutedLinear:
+        raise AdapterError(
+            f"{what} can only be an expert of experts: lora, beside single layers; found experts: {name}"
+        )
+    if config.experts.train != "none":
+        raise AdapterError(f"{what} can only be a frozen expert; set experts.train to none, or leave this adapter out")
+
+
+def _stack(layer: RoutedLinear, loras: Sequence[LoRATensors], dtype: torch.dtype | None) -> None:
+    experts, r = layer.experts, layer.experts.r
     held = dict(experts.named_parameters())
     for parameter in held.values():
-        parameter.zero_()
+        keep = parameter.dtype if dtype is None or parameter.dtype == torch.float64 else dtype
+        parameter.data = torch.zeros(parameter.shape, dtype=keep, device=parameter.device)
+    stretch = torch.zeros(experts.num_experts, layer.out_features, dtype=torch.float64)
+    shift = torch.zeros_like(stretch)
     for index, lora in enumerate(loras):
-        ranks = slice(index * r, index * r + lora.A.shape[0])
-        held["lora_A"][ranks].copy_(lora.A)
-        held["lora_B"][:, ranks].copy_(lora.B)
-        if lora.A.shape[0]:
+        own = experts.ranks[index] = lora.A.shape[0]
+        ranks = slice(index * r, index * r + own)
+        if own:
+            held["lora_A"].data[ranks].copy_(lora.A)
+            held["lora_B"].data[:, ranks].copy_(lora.B)
             experts.scale[index * r : (index + 1) * r] = lora.scale
+        vectors = {"bias": lora.bias, "magnitude": lora.magnitude, "base_bias": lora.base_bias}
+        experts.vectors[index] = {name: value for name, value in vectors.items() if value is not None}
+        if lora.bias is not None:
+            shift[index] += lora.scale * lora.bias.to(shift)
+        bias = bias_of(layer.base_layer) if experts.vectors[index].keys() - {"bias"} else None
+        if lora.magnitude is not None:
+            changed = _changed_weight(lora, layer.base_layer)
+            stretch[index] = lora.magnitude.to(changed).div(changed.norm(dim=1)).sub(1)
+        if bias is not None:
+            shift[index] -= stretch[index] * bias.to(shift)  # the stretch is of y without its bias
+            if lora.base_bias is not None:
+                shift[index] += lora.base_bias.to(shift) - bias.to(shift)
+    if any(experts.vectors):
+        device = held["lora_A"].device
+        experts.shift = shift.float().to(device)
+        experts.stretch = stretch.float().to(device) if bool(stretch.any()) else None
 
 
-def _project(experts: Experts, loras: list[TrainedLoRA]) -> float:
+def _changed_weight(lora: LoRATensors, layer: nn.Module) -> Tensor:
+    """W + s B A, [O, D], float32 at least."""
+    weight = dense_weight(layer)
+    return weight + lora.scale * (lora.B.to(weight) @ lora.A.to(weight))
+
+
+def _mark_present(experts: Experts, routed: Sequence[RoutedLinear]) -> None:
+    """routed: the layers that one route is for."""
+    rows = torch.zeros(experts.num_experts, experts.r, dtype=torch.bool)
+    for index, (rank, vectors) in enumerate(zip(experts.ranks, experts.vectors, strict=True)):
+        own = bool(vectors) or any(layer.experts.ranks[index] for layer in routed)
+        rows[index, : max(rank, own)] = True
+    experts.present = None if bool(rows.all()) else rows.flatten().to(experts.scale.device)
+
+
+def _prove(path: str, layer: RoutedLinear, loras: Sequence[LoRATensors], sources: Sequence[Source]) -> None:
+    """Raise AdapterError unless every expert alone (gate 1, all others 0) adds to a probe what its adapter does.
+
+    The expected values are computed in float64 from the tensors of the files, by PEFT's formulas.
+    """
+    device = layer.experts.scale.device
+    if device.type == "meta":
+        return
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    x = torch.randn(len(loras), layer.in_features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    one_hot = Route(torch.eye(len(loras), dtype=exact, device=device), len(loras))
+    found = layer.experts(x.to(device, exact), lambda *_: one_hot)
+    odd = any(lora.magnitude is not None for lora in loras)
+    weight = dense_weight(layer.base_layer).double().cpu() if odd else None
+    bias = bias_of(layer.base_layer)
+    wide = torch.zeros(layer.out_features).double() if bias is None else bias.cpu().double()
+    if layer.experts.shift is not None:
+        y = wide.expand(len(loras), -1) if weight is None else x @ weight.t() + wide
+        found = found + cast(Tensor, layer.experts.beside(one_hot, y.to(found)))
+    held = dict(layer.experts.named_parameters())
+    for index, lora in enumerate(loras):
+        kept = replace(
+            lora,
+            A=lora.A.to(held["lora_A"].dtype),  # a float64 file may train in float32
+            B=lora.B.to(held["lora_B"].dtype),
+            scale=float(torch.tensor(lora.scale, dtype=layer.experts.scale.dtype)),
+        )
+        expected, terms = alone(kept, x[index], weight, wide)
+        difference = (found[index].cpu().double() - expected).abs()
+        tolerance = TOLERANCE if layer.experts.vectors[index] else EXACT
+        if not (difference <= (tolerance if exact == torch.float64 else 10 * TOLERANCE) * terms).all():  # or NaN
+            raise AdapterError(
+                f"{sources[index].folder}: as expert {index} of '{path}' it does not compute what it does alone: "
+                f"largest difference {float(difference.max()):.3g} at values of up to {float(terms.max()):.3g}; please "
+                "report this as a bug"
+            )
+
+
+def alone(lora: LoRATensors, x: Tensor, weight: Tensor | None, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(what an adapter alone adds to y = W x + b for x [..., D], the sums of absolute terms), [..., O] in x's dtype.
+
+    weight: W [O, D], which DoRA needs. bias: b [O].
+    """
+    update = x.new_zeros(*x.shape[:-1], len(bias))
+    size = update.clone()
+    A, B = lora.A.to(x), lora.B.to(x)
+    if A.numel():
+        update = lora.scale * (x @ A.t() @ B.t())
+        size = lora.scale * (x.abs() @ A.abs().t() @ B.abs().t())
+    if lora.magnitude is not None:
+        assert weight is not None
+        weight = weight.to(x)
+        rows = lora.magnitude.to(x) / (weight + lora.scale * (B @ A)).norm(dim=1)
+        update, size = rows * (x @ weight.t() + update) - x @ weight.t(), size + x.abs() @ weight.abs().t()
+        size = (1 + rows.abs()) * size
+    if lora.bias is not None:
+        update, size = update + lora.scale * lora.bias.to(x), size + lora.scale * lora.bias.to(x).abs()
+    if lora.base_bias is not None:
+        update, size = update + lora.base_bias.to(x) - bias, size + lora.base_bias.to(x).abs() + bias.abs()
+    return update, size
+
+
+def _project(experts: Experts, loras: Sequence[LoRATensors]) -> float:
     """Put LoRAs into the core space of the experts, scales into the cores; gives the relative error.
 
     Where the space has room left, A and the cores keep their random start there and B is zero, so nothing is added and
     everything can learn.
     """
     held = dict(experts.named_parameters())
-    own = float(experts.scale[0])
-    scaled = [(lora.A, lora.B.double() * (lora.scale / own)) for lora in loras]
+    own, wide, out = float(experts.scale[0]), held["lora_A"].shape[1], held["lora_B"].shape[0]
+    scaled = [(lora.A.reshape(-1, wide), lora.B.reshape(out, -1).double() * (lora.scale / own)) for lora in loras]
     A, core, B, error = joint_core_space(scaled, held["lora_A"].shape[0])
     into, out = A.shape[0], B.shape[1]
     held["lora_A"][:into] = A.to(held["lora_A"])
@@ -140,59 +242,52 @@ def _project(experts: Experts, loras: list[TrainedLoRA]) -> float:
     return error
 
 
-def experts_of(folder: Path, layers: Mapping[str, RoutedLinear]) -> dict[str, list[TrainedLoRA]]:
-    """The experts of a folder at every site, in order."""
-    if (folder / CONFIG).is_file() and not (folder / MANIFEST).is_file():
-        return _peft_expert(folder, layers)
-    if not (folder / MANIFEST).is_file():
-        raise AdapterError(
-            f"{folder}: no adapter here; expected {MANIFEST} (written by moelora) or a PEFT LoRA's {CONFIG}"
-        )
-    manifest = read_manifest(folder)
-    sites = {site.name for site in manifest.sites}
-    if sites != layers.keys():
-        raise AdapterError(
-            f"{folder}: its experts are for other layers (only there {sorted(sites - layers.keys())[:2]}, only here "
-            f"{sorted(layers.keys() - sites)[:2]}); use the same target_modules"
-        )
-    where = [folder / "experts" / name for name in manifest.experts]
-    usual: list[float] = []  # scales, where the experts did not keep their own
-    for path in where:
-        said = f"experts/{path.name}/{CONFIG}"
-        if said not in manifest.files:
-            raise AdapterError(f"{folder}: its experts are not plain LoRAs, so others cannot start from them")
-        values = read_json(folder, manifest, said)
-        usual.append(values["lora_alpha"] / values["r"])
-    config = AdapterConfig.model_validate(manifest.adapter)
-    tensors, r = merged_tensors(folder, manifest, config), config.experts.r
-    found: dict[str, list[TrainedLoRA]] = {}
-    for site in sites:
-        A, B = tensors[f"{site}.experts.lora_A"].split(r), tensors[f"{site}.experts.lora_B"].split(r, dim=1)
-        kept = tensors.get(f"{site}.experts.scale")
-        scales = usual if kept is None else kept[::r].tolist()
-        halves = zip(A, B, scales, where, strict=False)  # some layers may have fewer
-        found[site] = [TrainedLoRA(half_A, half_B, scale, path) for half_A, half_B, scale, path in halves]
+def full_modules(model: nn.Module, sources: Sequence[Source], config: AdapterConfig) -> dict[str, Tensor]:
+    """Tensors that the adapters hold of modules trained in full, by name in the model, as ``modules_from`` says.
+
+    Tensors equal to the base model's count as none. Raises AdapterError for adapters that disagree, and for modules
+    that are not listed in modules_to_save.
+    """
+    choice, saved = config.experts.modules_from, find_saved(model, config.modules_to_save)
+    named = [*config.experts.adapters, "agree", "ignore"]
+    if choice not in named:
+        raise AdapterError(f"experts.modules_from: '{choice}' is none of {', '.join(named)}")
+    found: dict[str, Tensor] = {}
+    owners: dict[str, list[Source]] = {}
+    chosen = [s for s in sources if choice == "agree" or choice in (s.entry, str(s.folder))]
+    for source in chosen:
+        for name in source.adapter.full:
+            value, base = source.adapter.read_full(name), _named(model, name)
+            if base is None or value.shape != base.shape:
+                raise AdapterError(
+                    f"{source.folder}: it holds '{name}' {tuple(value.shape)}, which the model has "
+                    f"{'not' if base is None else f'as {tuple(base.shape)}'}; load its own base model, and resize the "
+                    "embeddings first if they were"
+                )
+            if base.device.type != "meta" and torch.equal(value, base.detach().cpu().to(value.dtype)):
+                continue
+            if not any(name.startswith(f"{path}.") for path in saved):
+                raise AdapterError(
+                    f"{source.folder}: it has trained '{name}' in full, which no gate can choose; list the module in "
+                    "modules_to_save to take it for the whole model, or leave it out: experts.modules_from: ignore"
+                )
+            if name in found and not torch.equal(found[name], value):
+                raise AdapterError(_disagree(name, owners[name][0], source))
+            found[name] = value
+            owners.setdefault(name, []).append(source)
+    for name, own in owners.items():
+        lacks = next((other for other in chosen if not any(other is source for source in own)), None)
+        if lacks is not None:
+            raise AdapterError(_disagree(name, own[0], lacks))
     return found
 
 
-def _peft_expert(folder: Path, layers: Mapping[str, RoutedLinear]) -> dict[str, list[TrainedLoRA]]:
-    tensors = read_peft(folder).tensors
-    beyond = sorted(tensors.keys() - layers.keys())
-    if beyond:
-        raise AdapterError(
-            f"{folder}: it adapts '{beyond[0]}' ({len(beyond)} such modules), which is not an adapted layer here; "
-            "add it to target_modules"
-        )
-    found = {}
-    for path, layer in layers.items():
-        site = layer.site
-        absent = LoRATensors(torch.zeros(0, site.in_features), torch.zeros(site.out_features, 0), 1.0)
-        lora = tensors.get(path, absent)
-        shape = (lora.B.shape[0], lora.A.shape[1])
-        if shape != (site.out_features, site.in_features):
-            raise AdapterError(
-                f"{folder}: made for a '{path}' of {shape[1]} -> {shape[0]} features, here it has "
-                f"{site.in_features} -> {site.out_features}; load it with its own base model"
-            )
-        found[path] = [TrainedLoRA(lora.A, lora.B, lora.scale, folder)]
-    return found
+def _disagree(name: str, one: Source, other: Source) -> str:
+    return (
+        f"experts.adapters: {one.folder} and {other.folder} disagree on '{name}', which is trained in full and "
+        f"is there once for all experts; choose one of them (experts.modules_from: '{one.entry}'), or ignore"
+    )
+
+
+def _named(model: nn.Module, name: str) -> Tensor | None:
+    return dict(model.named_parameters(remove_duplicate=False)).get(name, dict(model.named_buffers()).get(name))

@@ -31,8 +31,12 @@ class ExpertsConfig(Strict):
 
     num_experts: one number, or a list over the depth of the model: as many equal groups of blocks as it has entries
     (MoLA, arXiv 2402.08562). train: ``all``, ``B`` (nothing but B, as in LoRA-FA) or ``none`` (the router alone).
-    adapters: folders whose experts, in order, are the experts to start from: each written by moelora (all its experts)
-    or a PEFT LoRA (one). They keep their own scale; lora_alpha is for experts that start anew.
+    adapters: folders or hub ids (``org/name[/subfolder][@revision]``) whose experts, in order, are the experts to start
+    from: each written by moelora (all its experts) or a PEFT LoRA (one). They keep their own rank, up to r, and scale;
+    lora_alpha is for experts that start anew. absent: an expert whose adapter lacks a layer adds nothing there, and
+    its gate is kept (``keep``) or spread over the experts that have it (``redistribute``). modules_from: whose modules
+    trained in full (PEFT's modules_to_save) fill ``adapter.modules_to_save``: all adapters' if they ``agree``, none
+    (``ignore``), or those of one entry of adapters.
     """
 
     model_config = {**Strict.model_config, "extra": "allow"}
@@ -45,6 +49,8 @@ class ExpertsConfig(Strict):
     use_rslora: bool = False
     train: Literal["all", "B", "none"] = "all"
     adapters: list[str] = []
+    absent: Literal["keep", "redistribute"] = "keep"
+    modules_from: str = "agree"
 
     @property
     def most(self) -> int:
@@ -184,8 +190,6 @@ def build_sites(
             experts.scale.fill_(_scale(config.experts, router.scale_rank))
             for name, parameter in experts.named_parameters():
                 parameter.requires_grad_(config.experts.train in ("all", name.removeprefix("lora_")))
-            if config.experts.adapters:
-                experts.keep_scale()
             if anchored:
                 experts.keep_anchors()
         yield site, router, experts

@@ -50,10 +50,10 @@ class FirstLinear(RoutedLinear):
         y: Tensor = self.base_layer(x)
         if not self.port.enabled:
             return y
-        update = self._exact(self._update, x)
+        update = self._exact(self._each, x)
         return (y.unsqueeze(-2) + update.view(*y.shape[:-1], *update.shape[1:]).to(y.dtype)).flatten(-2)
 
-    def _update(self, x: Tensor) -> Tensor:
+    def _each(self, x: Tensor) -> Tensor:
         view = self._tape().view(self.site, x.shape[:-1])
         tokens = x.reshape(-1, self.site.in_features)
         dropped = self.dropout(tokens)

@@ -54,31 +54,35 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
-        return y + self._exact(self._update, x).to(y.dtype) if self.port.enabled else y
+        return y + self._exact(self._update, x, y).to(y.dtype) if self.port.enabled else y
 
     @staticmethod
-    def _exact(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """``compute(x)``; under autocast with x in autocast's dtype and routing left in float32."""
+    def _exact(compute: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:
+        """``compute(x, ...)``; under autocast with x in autocast's dtype and routing left in float32."""
         device = x.device.type
         if not torch.is_autocast_enabled(device):
-            return compute(x)
+            return compute(x, *more)
         with torch.autocast(device, enabled=False):
-            return compute(x.to(torch.get_autocast_dtype(device)))
+            return compute(x.to(torch.get_autocast_dtype(device)), *more)
 
-    def _update(self, x: Tensor) -> Tensor:
+    def _update(self, x: Tensor, y: Tensor) -> Tensor:
         view = self._tape().view(self.site, x.shape[:-1])
         tokens = x.reshape(-1, self.site.in_features)
         dropped = self.dropout(tokens)
+        routes: list[Route] = []
 
         def decide(factors: Factors, h: Tensor | None) -> Route:
-            return self._route(tokens, dropped, h, replace(view, factors=factors))
+            routes.append(self._route(tokens, dropped, h, replace(view, factors=factors)))
+            return routes[0]
 
         update: Tensor = self.experts(dropped, decide, "rank_space" if self.router.reads == "h" else "tokens")
+        beside = self.experts.beside(routes[0], y.reshape(-1, self.site.out_features))
+        update = update if beside is None else update + beside.to(update.dtype)
         return update.view(*x.shape[:-1], self.site.out_features)
 
     def _route(self, tokens: Tensor, dropped: Tensor, h: Tensor | None, view: View) -> Route:
         seen = {"dropped": dropped, "h": h}.get(self.router.reads, tokens)
-        route: Route = self.router(seen, view)
+        route: Route = self.experts.admit(self.router(seen, view))
         if view.tape.with_terms:
             for name, loss in self.losses.items():
                 view.add(name, loss(route, view.only(loss.tokens)))

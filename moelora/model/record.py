@@ -11,6 +11,7 @@ from torch import nn
 from moelora.core.errors import MoeloraError
 from moelora.core.methods import Methods
 from moelora.core.tape import Port, Site
+from moelora.io.folder import Pin
 from moelora.losses.base import Loss
 from moelora.model.config import AdapterConfig
 from moelora.model.layer import RoutedLinear
@@ -19,7 +20,7 @@ from moelora.routers.base import Router
 
 @dataclass
 class Adaptation:
-    """What ``adapt`` did to a model; ``model.moelora``."""
+    """What ``adapt`` did to a model; ``model.moelora``. pins: where each expert is on the hub, if it is from there."""
 
     config: AdapterConfig
     methods: Methods
@@ -27,6 +28,7 @@ class Adaptation:
     losses: dict[str, Loss]
     router: type[Router]
     fingerprint: str | None
+    pins: list[Pin | None] = field(default_factory=list)
     port: Port = field(default_factory=Port)
     watched: weakref.ref[nn.Module] | None = None
 

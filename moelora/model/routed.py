@@ -27,7 +27,7 @@ from moelora.model.cache import accompany, companion_of
 from moelora.model.inputs import answers_of, masks_of, token_share, two_streams
 from moelora.model.plan import last_hidden
 from moelora.model.record import Adaptation, adaptation, routed_layers
-from moelora.model.write import write
+from moelora.model.write import upload, write
 from moelora.routers.base import Router
 
 
@@ -148,6 +148,14 @@ class RoutedModel(nn.Module):
             raise MoeloraError("save_pretrained(push_to_hub=True): save first, then model.push_to_hub(REPO) uploads it")
         if is_main_process:
             write(self, Path(save_directory), state_dict)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the adapter (not the base model), with its model card; gives the address of the commit.
+
+        options: private, token, revision, create_pr, commit_message and commit_description, as the base class has them.
+        Raises OutputError when the hub refuses.
+        """
+        return upload(self, repo_id, **options)
 
     def _keep_load(self, load: dict[int, Tensor]) -> None:
         kept = self.moelora.port.load

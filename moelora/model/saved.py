@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from moelora.core.errors import TargetError
 from moelora.core.tape import Port
@@ -59,6 +61,15 @@ def find_saved(model: nn.Module, names: list[str]) -> list[str]:
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The trained modules of an adapted model, by their path in the base model."""
     return {path: module.trained for path, module in model.named_modules() if isinstance(module, TrainedCopy)}
+
+
+@torch.no_grad()
+def fill_saved(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give the trained modules values, by name in the base model."""
+    for path, module in saved_modules(model).items():
+        for key, value in module.state_dict(keep_vars=True).items():
+            if f"{path}.{key}" in tensors:
+                value.copy_(tensors[f"{path}.{key}"])
 
 
 def _inside(path: str, outer: list[str]) -> bool:

@@ -62,6 +62,13 @@ class Router(ExactBuffers, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} reads hidden states and does not say what it makes of them")
 
+    def constant_gates(self, task: int | None) -> Tensor | None:
+        """[G] the gates of every token, where they depend on nothing but the task (-1: none known); else None.
+
+        A router by task gives None without one. What is not None here can be merged into the base model.
+        """
+        return None
+
     def prepare(self, factors: Factors) -> None:
         """Called once when the experts have their first values, before any training."""
 

@@ -59,6 +59,9 @@ class FlyLoRA(Router):
         self.top_k, self.select, self.bias_update_rate = top_k, select, bias_update_rate
         self.register_buffer("bias", torch.zeros(self.units))
 
+    def constant_gates(self, task: int | None) -> Tensor | None:
+        return torch.ones(self.units) if self.top_k == self.units else None
+
     def forward(self, x: Tensor, view: View) -> Route:
         wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         biased = wide + self.bias.to(wide.dtype)

@@ -25,6 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from moelora.core.errors import DataError
 from moelora.core.route import Route, dense_gates, top_k
 from moelora.core.tape import Site, View
 from moelora.routers.base import Router, check_top_k, linear_scores, reset_linear, task_experts
@@ -61,6 +62,13 @@ class LoRAMixer(Router):
     def group(cls, site: Site, options: dict[str, Any]) -> str | None:
         shared = site.name.rpartition(".")[2] in options["share"]
         return f"{site.parent} {site.stream} {site.in_features}" if shared else None
+
+    def constant_gates(self, task: int | None) -> Tensor | None:
+        if self.routing != "hard" or task is None:
+            return None
+        if task >= self.num_experts:
+            raise DataError(f"routers.lora_mixer: expected a task id of -1 to {self.num_experts - 1}, found {task}")
+        return (torch.arange(self.num_experts) == task).float()
 
     def forward(self, x: Tensor, view: View) -> Route:
         logits = linear_scores(self.weight, x)

@@ -53,6 +53,9 @@ class Random(Router):
         if fixed:
             self.register_buffer("weight", torch.randn(num_experts, site.in_features))
 
+    def constant_gates(self, task: int | None) -> Tensor | None:
+        return torch.full((self.num_experts,), 1 / self.top_k) if self.top_k == self.num_experts else None
+
     @torch.no_grad()
     def forward(self, x: Tensor, view: View) -> Route:
         # Drawn outside of view.once: a recomputed region must leave the generator where the first pass left it.

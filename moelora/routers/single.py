@@ -22,6 +22,9 @@ class Single(Router):
         if num_experts != 1:
             raise ConfigError(f"routers.single is plain LoRA and takes num_experts: 1, found {num_experts}")
 
+    def constant_gates(self, task: int | None) -> Tensor:
+        return torch.ones(1)
+
     def forward(self, x: Tensor, view: View) -> Route:
         dtype = torch.promote_types(x.dtype, torch.float32)
         return Route(weight=x.new_ones(x.shape[0], 1, dtype=dtype), units=1)

@@ -47,7 +47,14 @@ class Static(Router):
         self.weights_fn = weights_fn
         self.theta = nn.Parameter(torch.full((num_experts,), 1 / num_experts if weights_fn == "free" else 0.0))
 
+    @torch.no_grad()
+    def constant_gates(self, task: int | None) -> Tensor:
+        return self._gates(torch.promote_types(self.theta.dtype, torch.float32))
+
     def forward(self, x: Tensor, view: View) -> Route:
-        theta = self.theta.to(torch.promote_types(x.dtype, torch.float32))
-        gates = {"softmax": theta.softmax(-1), "free": theta, "sigmoid": theta.sigmoid()}[self.weights_fn]
+        gates = self._gates(torch.promote_types(x.dtype, torch.float32))
         return Route(gates.expand(x.shape[0], -1), self.num_experts)
+
+    def _gates(self, dtype: torch.dtype) -> Tensor:
+        theta = self.theta.to(dtype)
+        return {"softmax": theta.softmax(-1), "free": theta, "sigmoid": theta.sigmoid()}[self.weights_fn]

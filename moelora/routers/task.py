@@ -74,6 +74,9 @@ class Task(Router):
             raise DataError(f"routers.task: expected a task id of -1 to {self.num_tasks - 1}, found {task}")
         return self._gates()[task]
 
+    def constant_gates(self, task: int | None) -> Tensor | None:
+        return None if task is None else self.gates_of(task)
+
     def forward(self, x: Tensor, view: View) -> Route:
         task = tasks_of(view, "task")
         if task.device.type == "cpu" and (task >= self.num_tasks).any():

@@ -23,6 +23,9 @@ from moelora.routers.base import Router
 class Uniform(Router):
     """Gate 1/E for each of E experts. No options."""
 
+    def constant_gates(self, task: int | None) -> Tensor:
+        return torch.full((self.num_experts,), 1 / self.num_experts)
+
     def forward(self, x: Tensor, view: View) -> Route:
         dtype = torch.promote_types(x.dtype, torch.float32)
         gates = torch.full((), 1 / self.num_experts, dtype=dtype, device=x.device)

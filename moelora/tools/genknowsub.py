@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from moelora.core.errors import AdapterError, ConfigError
-from moelora.model.adapters import experts_of
 from moelora.model.record import adaptation, routed_layers
+from moelora.model.sources import check_fit, open_sources
 
 
 @torch.no_grad()
@@ -34,13 +34,13 @@ def subtract_general(model: nn.Module, general: Iterable[str | Path]) -> None:
     AdapterError unless all are plain LoRAs for the same layers, of one rank and scale, and MoeloraError for a model
     without experts; the model is then as it was.
     """
-    folders = [Path(folder) for folder in general]
-    if not folders:
+    sources = open_sources(general)
+    if not sources:
         raise ConfigError("subtract_general: expected at least one folder with general experts, found none")
     adaptation(model)
     layers = {layer.site.name: layer for layer in routed_layers(model)}
-    parts = [experts_of(folder, layers) for folder in folders]
-    found = {path: [lora for part in parts for lora in part[path]] for path in layers}
+    for source in sources:
+        check_fit(source, model, {path: layer.site for path, layer in layers.items()})
     for path, layer in layers.items():
         names = {name for name, _ in layer.experts.named_parameters()}
         if names != {"lora_A", "lora_B"} or "own_A" not in layer.experts.gives:
@@ -53,14 +53,17 @@ def subtract_general(model: nn.Module, general: Iterable[str | Path]) -> None:
             raise AdapterError(
                 f"subtract_general: the experts of the model have unlike scales at '{path}', expected one"
             )
-        for lora in found[path]:
-            if lora.A.shape[0] != r or abs(lora.scale - scale) > 1e-6 * abs(scale):
+        for source in sources:
+            module = source.adapter.modules.get(path)
+            own = 1.0 if module is None else module.scale
+            if source.rank(path) != r or abs(own - scale) > 1e-6 * abs(scale) or not source.plain:
                 raise AdapterError(
-                    f"{lora.folder}: rank {lora.A.shape[0]} and scale {lora.scale:g}, but the experts of the model "
-                    f"have rank {r} and scale {scale:g}; only LoRAs of one rank and scale can be subtracted"
+                    f"{source.folder}: rank {source.rank(path)} and scale {own:g} at '{path}', but the experts of the "
+                    f"model have rank {r} and scale {scale:g}; only plain LoRAs of one rank and scale can be subtracted"
                 )
     for path, layer in layers.items():
-        A, B = (torch.stack([getattr(lora, half) for lora in found[path]]).mean(0) for half in ("A", "B"))
+        loras = [source.read(path, layer.base_layer) for source in sources]
+        A, B = (torch.stack([getattr(lora, half).float() for lora in loras]).mean(0) for half in ("A", "B"))
         held = dict(layer.experts.named_parameters())
         held["lora_A"].sub_(A.to(held["lora_A"]).repeat(layer.experts.num_experts, 1))
         held["lora_B"].sub_(B.to(held["lora_B"]).repeat(1, layer.experts.num_experts))

@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moelora.core.errors import ConfigError, OutputError
 from moelora.core.validate import Strict, check
 from moelora.model.adapt import adapt, parameter_counts
+from moelora.model.base import base_source
 from moelora.recipe import Recipe, find_recipe, read_recipe
 from moelora.train.report import write_report
-from moelora.train.run import RECIPE, SUMMARY, Result, base_source, train
+from moelora.train.run import RECIPE, SUMMARY, Result, revision_of, train
 
 
 class Comparison(Strict):
@@ -107,7 +108,7 @@ def _refuse_unequal(recipes: dict[str, Recipe], share: float, plugins: Iterable[
 
 
 def _trainable(recipe: Recipe, plugins: Iterable[str | Path]) -> int:
-    source, options = base_source(recipe)
+    source, options = base_source(recipe.base_model), revision_of(recipe)
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except OSError as error:

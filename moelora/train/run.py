@@ -23,10 +23,11 @@ from moelora.data.load import Task, load_tasks
 from moelora.data.mixture import mix
 from moelora.data.prompts import as_trl, uses_chat
 from moelora.model.adapt import adapt, parameter_counts
+from moelora.model.base import TINY, base_source
 from moelora.model.record import adaptation
 from moelora.model.routed import disabled
 from moelora.model.write import write
-from moelora.recipe import TINY, Recipe
+from moelora.recipe import Recipe
 from moelora.train.report import write_report
 from moelora.train.trainer import MoeLoraTrainer
 
@@ -70,6 +71,7 @@ def train(
     rows = as_trl(mix(tasks, recipe.data.temperature, arguments.seed), chat)
     held_out = eval_rows(tasks, chat)
     adapt(model, recipe.adapter, plugins=plugins)
+    recipe = recipe.model_copy(update={"adapter": adaptation(model).config})  # hub ids are pinned now
     _check_tasks(model, tasks)
 
     out.mkdir(parents=True, exist_ok=True)
@@ -150,7 +152,7 @@ def build_trainer(
 def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Base model and tokenizer of a recipe. Raises ConfigError when neither disk nor hub has them."""
     name = recipe.base_model
-    source, options = base_source(recipe)
+    source, options = base_source(name), revision_of(recipe)
     dtype = "float32" if source != name and recipe.dtype == "auto" else recipe.dtype
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -166,12 +168,9 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     return model, tokenizer
 
 
-def base_source(recipe: Recipe) -> tuple[str, dict[str, Any]]:
-    """Where the base model of a recipe is read from, and the options for reading it."""
-    name = recipe.base_model
-    if name == TINY and not Path(name).exists():
-        return str(Path(__file__).parents[1] / "assets" / "tiny"), {}
-    return name, {"revision": recipe.revision}
+def revision_of(recipe: Recipe) -> dict[str, Any]:
+    """The revision of a recipe's base model as an option of ``from_pretrained``; none for the package's own."""
+    return {"revision": recipe.revision} if base_source(recipe.base_model) == recipe.base_model else {}
 
 
 def task_metrics(metrics: dict[str, float], tasks: list[str], prefix: str = "eval") -> dict[str, dict[str, Any]]:

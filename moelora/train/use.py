@@ -24,11 +24,16 @@ from moelora.train.run import RECIPE, build_trainer, eval_rows, load_base, task_
 
 
 def evaluate_folder(
-    folder: Path, overrides: Iterable[str] = (), base: str | None = None, plugins: Iterable[str | Path] = ()
+    folder: Path,
+    overrides: Iterable[str] = (),
+    base: str | None = None,
+    plugins: Iterable[str | Path] = (),
+    force: bool = False,
 ) -> dict[str, Any]:
     """Per-task metrics and routing of a trained folder, on its recipe's evaluation rows. Writes nothing there.
 
-    overrides: changes to the recipe, for instance ``data.root=OTHER``. base: another place of the base model.
+    overrides: changes to the recipe, for instance ``data.root=OTHER``. base: another place of the base model. force:
+    do not compare its weights with those the adapter was trained beside.
     Returns ``{"tasks": {task: {loss, token_accuracy, accuracy}}, "routing": {...}}``. Raises MoeloraError.
     """
     read_manifest(folder)
@@ -38,7 +43,7 @@ def evaluate_folder(
     rows = eval_rows(tasks, uses_chat(tokenizer, recipe.data.chat_template))
     if rows is None:
         raise DataError(f"{folder / RECIPE}: no task has evaluation rows; give eval_path, or a folder with test.*")
-    load(model, folder, plugins=plugins)
+    load(model, folder, plugins=plugins, force=force)
     with tempfile.TemporaryDirectory() as scratch:
         training = {**recipe.training, "output_dir": scratch, "report_to": "none"}
         here = recipe.model_copy(update={"training": training})
@@ -60,10 +65,11 @@ class Chat:
         temperature: float = 0.0,
         seed: int = 0,
         task: str | None = None,
+        force: bool = False,
     ) -> None:
         """temperature: 0 is greedy. task: name of the recipe's task that all turns belong to, for routers that route by
-        it. Raises AdapterError or ConfigError."""
-        self.model, self.tokenizer, data = _open(folder, base, plugins)
+        it. force: do not compare the base model's weights. Raises AdapterError or ConfigError."""
+        self.model, self.tokenizer, data = _open(folder, base, plugins, force)
         self.chat = uses_chat(self.tokenizer, data.chat_template)
         self.task_id = None if task is None else _task_id(task, data, folder)
         self.turns: list[Message] = []
@@ -83,7 +89,7 @@ class Chat:
 
 
 def _open(
-    folder: Path, base: str | None, plugins: Iterable[str | Path]
+    folder: Path, base: str | None, plugins: Iterable[str | Path], force: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, DataConfig]:
     """Model, tokenizer and the recipe's data; without a recipe they are what the manifest and the defaults say."""
     manifest = read_manifest(folder)
@@ -93,7 +99,7 @@ def _open(
         name = base or manifest.base.model
         recipe = check_recipe({"base_model": name, "revision": manifest.base.revision if base is None else None})
     model, tokenizer = load_base(recipe)
-    load(model, folder, plugins=plugins)
+    load(model, folder, plugins=plugins, force=force)
     return model.eval(), tokenizer, recipe.data
 
 

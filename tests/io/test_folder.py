@@ -10,11 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moelora.core.errors import AdapterError, OutputError
-from moelora.io.folder import FORMAT, MANIFEST, Manifest, read_manifest, read_tensors, write_folder
+from moelora.io.folder import (
+    FORMAT,
+    MANIFEST,
+    MAX_EXPERTS,
+    MAX_MANIFEST,
+    Manifest,
+    read_json,
+    read_manifest,
+    read_tensors,
+    write_folder,
+)
 
 HEAD: dict[str, Any] = {
     "moelora": "0",
@@ -54,7 +65,7 @@ def fault(folder: Path) -> str:
 def test_round_trip(folder: Path) -> None:
     manifest = read_manifest(folder)
     assert isinstance(manifest, Manifest) and manifest.format == FORMAT
-    assert manifest.model_dump() == {**HEAD, "format": FORMAT, "files": manifest.files}
+    assert manifest.model_dump() == {**HEAD, "format": FORMAT, "pins": {}, "files": manifest.files}
     found = read_tensors(folder, manifest)
     assert found.keys() == {"router.safetensors", "experts/e/x.safetensors"}
     assert found["experts/e/x.safetensors"] == {}
@@ -227,3 +238,144 @@ def test_a_link_that_leaves_the_folder(folder: Path) -> None:
     (folder / "link.safetensors").symlink_to(outside)
     edit(folder, files={"link.safetensors": hashlib.sha256(outside.read_bytes()).hexdigest()})
     assert "leaves the folder" in fault(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["a b.safetensors", "a\\b", "C:x", "./a", "a/./b", "a//b", "a/", "", "a\n", "\x1b[2J", "\u00e9", "x" * 999]
+)
+def test_names_of_files_are_plain(folder: Path, name: str) -> None:
+    edit(folder, files={name: "0"})
+    message = fault(folder)
+    assert f"{MANIFEST}: files: " in message and message.isprintable() and len(message) < 500
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "../a", "/a", "a b", ""])
+def test_names_of_experts_are_plain(folder: Path, name: str) -> None:
+    edit(folder, experts=["e", name])
+    assert f"{MANIFEST}: experts: '{name}'" in fault(folder)
+
+
+def test_an_expert_twice(folder: Path) -> None:
+    edit(folder, experts=["a", "b", "a"])
+    assert f"{MANIFEST}: experts: 'a' twice" in fault(folder)
+
+
+@pytest.mark.parametrize("key", ['"format"', '"adapter"'])
+def test_a_key_twice(folder: Path, key: str) -> None:
+    path = folder / MANIFEST
+    path.write_text(path.read_text().replace(key, f"{key}: 1, {key}", 1))
+    assert "the key twice" in fault(folder)
+
+
+COMMIT = "0123456789" * 4
+
+
+def pin_of(adapter: str, name: str = "expert_0") -> dict[str, Any]:
+    return {name: {"adapter": adapter, "files": {}}}
+
+
+@pytest.mark.parametrize("adapter", [f"org/name@{COMMIT}", f"org/name/sub/folder@{COMMIT}"])
+def test_pins(folder: Path, adapter: str) -> None:
+    edit(folder, pins=pin_of(adapter))
+    assert read_manifest(folder).pins["expert_0"].adapter == adapter
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        *("org/name", "org/name@main", f"org/name@{COMMIT}0", f"name@{COMMIT}", f"/org/name@{COMMIT}", "out/run"),
+        *(f"../name@{COMMIT}", f"org/../name@{COMMIT}", f"./name@{COMMIT}", f"org/name@{COMMIT}/..", f"~/x@{COMMIT}"),
+    ],
+)
+def test_pins_are_of_the_hub_at_whole_commits(folder: Path, adapter: str) -> None:
+    # A folder from anywhere must not make the reader open what else is on this machine, or what may change.
+    edit(folder, pins=pin_of(adapter))
+    assert f"{MANIFEST}: pins: '{adapter}'" in fault(folder)
+
+
+def test_a_pin_of_no_expert(folder: Path) -> None:
+    edit(folder, pins=pin_of(f"org/name@{COMMIT}", "other"))
+    assert f"{MANIFEST}: pins: 'other' is not in experts" in fault(folder)
+
+
+def test_a_manifest_over_the_cap(folder: Path) -> None:
+    os.truncate(folder / MANIFEST, MAX_MANIFEST + 1)
+    assert f"{MANIFEST}: size" in fault(folder)
+
+
+@pytest.mark.parametrize("changes", [{"format": "x" * 100_000}, {"files": {"x" * 100_000: 1}}, {"x" * 100_000: 1}])
+def test_errors_about_a_large_manifest_are_short(folder: Path, changes: dict[str, Any]) -> None:
+    edit(folder, **changes)
+    assert len(fault(folder)) < 600
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sites": [0] * 250_000},
+        {"files": {str(i): 0 for i in range(250_000)}},
+        {"adapter": {"x": [[{}] * 1000] * 250}},
+        {"experts": [str(i) for i in range(MAX_EXPERTS + 1)]},
+        {"pins": {str(i): {} for i in range(MAX_EXPERTS + 1)}},
+    ],
+)
+def test_a_manifest_of_too_many_values(folder: Path, changes: dict[str, Any]) -> None:
+    # Finding fault with each of them would take minutes and gigabytes.
+    edit(folder, **changes)
+    assert "more than 200000 values" in fault(folder) or f"of them, expected at most {MAX_EXPERTS}" in fault(folder)
+
+
+def test_a_manifest_of_the_largest_models(folder: Path) -> None:
+    site = {"name": "model.layers.0.mlp.experts.0.down_proj", "in_features": 2048, "out_features": 7168}
+    edit(folder, sites=[site] * 46_000)
+    assert len(read_manifest(folder).sites) == 46_000
+
+
+def test_one_fault_is_enough(folder: Path) -> None:
+    edit(folder, sites=[{}] * 150_000)
+    with pytest.raises(ValidationError) as caught:
+        Manifest.model_validate(json.loads((folder / MANIFEST).read_text()))
+    assert caught.value.error_count() == 3  # those of the first site
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "README.md", "router.safetensors"])
+def test_links_lead_anywhere_inside_root_and_no_further(folder: Path, name: str) -> None:
+    # What the hub's cache looks like: every file of the folder is a link into another folder.
+    (folder / name).rename(folder.parent / "blob")
+    (folder / name).symlink_to(Path("..") / "blob")
+    assert "leaves the folder" in fault(folder)
+    manifest = read_manifest(folder, folder.parent)
+    assert torch.equal(read_tensors(folder, manifest, folder.parent)["router.safetensors"]["a"], TENSORS["a"])
+    with pytest.raises(AdapterError, match="leaves the folder"):
+        read_tensors(folder, read_manifest(folder, folder), folder)
+
+
+@pytest.mark.parametrize("name", ["router.safetensors", "README.md", MANIFEST])
+def test_a_pipe(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert fault(folder)  # and does not wait for somebody to write
+
+
+def test_a_header_is_checked_before_the_hash(folder: Path) -> None:
+    # A terabyte of zeros costs nothing on disk, and must not be hashed.
+    os.truncate(folder / "router.safetensors", 1 << 40)
+    message = fault(folder)
+    assert "not a safetensors file" in message and "size: found 1099511627776 bytes" in message
+
+
+def test_read_json(folder: Path) -> None:
+    write_folder(folder, HEAD, {"experts/e/c.json": '{"r": 4}'})
+    manifest = read_manifest(folder)
+    assert read_json(folder, manifest, "experts/e/c.json") == {"r": 4}
+    (folder / "experts/e/c.json").write_text('{"r": 5}')
+    with pytest.raises(AdapterError, match="the file was changed"):
+        read_json(folder, manifest, "experts/e/c.json")
+    with pytest.raises(AdapterError, match="missing, though"):
+        read_json(folder, manifest, "experts/e/d.json")
+    (folder / "d.json").write_text("{}")
+    with pytest.raises(AdapterError, match="the file was changed"):  # nobody vouches for it
+        read_json(folder, manifest, "d.json")
+    os.truncate(folder / "experts/e/c.json", 1 << 40)
+    with pytest.raises(AdapterError, match="size"):
+        read_json(folder, manifest, "experts/e/c.json")
