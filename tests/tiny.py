@@ -22,6 +22,8 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -48,25 +50,21 @@ def _seeded(cls: type[nn.Module], config: Any, seed: int, dtype: torch.dtype) ->
         return cls(config).to(dtype).train()
 
 
+_LLAMA = {
+    **{"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 40, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
+    **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **SMALL_INIT},
+}
+
+
 def llama(seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> LlamaForCausalLM:
     """Two blocks, grouped-query attention."""
-    config = LlamaConfig(
-        **{
-            "vocab_size": VOCAB,
-            "hidden_size": HIDDEN,
-            "intermediate_size": 40,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-            **SMALL_INIT,
-            **options,
-        }
-    )
-    return _seeded(LlamaForCausalLM, config, seed, dtype)
+    return _seeded(LlamaForCausalLM, LlamaConfig(**{**_LLAMA, **options}), seed, dtype)
+
+
+def qwen(seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Qwen2ForCausalLM:
+    """Llama's blocks with a bias in q, k and v, zero as long as nothing trains it."""
+    return _seeded(Qwen2ForCausalLM, Qwen2Config(**{**_LLAMA, **options}), seed, dtype)
 
 
 def gpt2(seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> GPT2LMHeadModel:
@@ -116,6 +114,13 @@ FFN_TARGETS: dict[str, list[str]] = {
 }
 """Whole feed-forward blocks, for routers around them; BERT's lie in two modules."""
 
+ATTENTION_TARGETS: dict[str, list[str]] = {
+    "llama": ["q_proj", "v_proj"],
+    "gpt2": ["c_attn", "attn.c_proj"],
+    "t5": ["q", "o"],
+}
+"""Layers of attention, for a LoRA beside such blocks."""
+
 _ANY = {"experts": {"num_experts": 4, "r": 4, "lora_alpha": 8}}
 _DRY = {"xlora_dropout_p": 0.0}
 _CORES = {"experts": {"name": "core", "num_experts": 4, "r": 3, "lora_alpha": 6}}  # r is not the number of experts
@@ -145,6 +150,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "experts": {"r": 8, "lora_alpha": 8, "train": "B"},
         "init": {"name": "sparse", "density": 0.4},
     },
+    "mixlora_attention": {"router": {"name": "mixlora", "attention": "lora"}, **_ANY},
     "comol": {"router": "comol", **_CORES},
     "comol_x": {"router": {"name": "comol", "route_on": "x"}, **_CORES},
     "xlora": {"router": {"name": "xlora", **_DRY}, **_ANY},
@@ -182,7 +188,11 @@ def fits(kind: str, method: str) -> bool:
 
 def targets(kind: str, method: str) -> list[str]:
     """The layers that a method adapts on a kind of model."""
-    return (TARGETS if router_of(method).around == "linear" else FFN_TARGETS)[kind]
+    router: Any = METHODS[method]["router"]
+    if router_of(method).around == "linear":
+        return TARGETS[kind]
+    beside = isinstance(router, dict) and router.get("attention") == "lora"
+    return [*FFN_TARGETS[kind], *(ATTENTION_TARGETS[kind] if beside else [])]
 
 
 PAIRS = [(method, kind) for kind in MODELS for method in METHODS if fits(kind, method)]

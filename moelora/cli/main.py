@@ -191,6 +191,30 @@ def export(
             export_table(done)
 
 
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="What PEFT's X-LoRA, xlora, MixLoRA, MoE-PEFT or MeteoRA saved.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    base: Annotated[str, typer.Option(help="The base model it was trained beside.")],
+    expert: Annotated[
+        list[str] | None, typer.Option(help="Folder or hub id of an expert, in the router's order; repeatable.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="MeteoRA, which does not record it: 2 if not given.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="MeteoRA, the same: 1 if not given.")] = None,
+) -> None:
+    """Turn a mixture of another project into an adapter of moelora, its router copied exactly."""
+    with _readable_errors():
+        from moelora.model.base import load_model
+        from moelora.model.save import save
+        from moelora.tools.mixtures import import_mixture
+
+        given = {"top_k": top_k, "temperature": temperature}
+        router = {key: value for key, value in given.items() if value is not None}
+        model = import_mixture(load_model(base), folder, expert or [], router=router)
+        save(model, out)
+        print(f"the adapter is in {out}; moelora.load and `moelora generate` take it")
+
+
 @recipes_app.command("ls")
 def recipes_ls() -> None:
     """List shipped recipes."""

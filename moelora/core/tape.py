@@ -8,6 +8,7 @@ the choices of units made in the first pass are reused.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -45,6 +46,11 @@ class Site:
     def parent(self) -> str:
         """Path of the module that holds the layer."""
         return self.name.rpartition(".")[0]
+
+    @property
+    def in_attention(self) -> bool:
+        """Whether the module that holds it is called attention; it may lie in one named self, output or by a number."""
+        return re.search(r"(?i)(attn|attention)[^.]*(\.(self|output|\d+))*\.[^.]+$", self.name) is not None
 
 
 @dataclass

@@ -24,11 +24,13 @@ class RoutingStats:
     absolute values of its gates, divided by their sum. Nothing leaves the device until a figure is asked for, and then
     the sums of all layers go together.
 
+    experts: names of the units of routers that choose among experts, if they have some.
     sums: per site [tasks, 2 G + 3], over the tokens of a task: each unit's part; how often it was the first choice
     (equal ones in equal parts); the entropy; the number of units chosen; the number of tokens.
     """
 
     tasks: list[str]
+    experts: list[str] = field(default_factory=list)
     sums: dict[str, Tensor] = field(default_factory=dict)
     _layers: dict[str, LayerStats] = field(default_factory=dict)
 
@@ -90,6 +92,7 @@ class RoutingStats:
         """Everything, rounded, for a report: per site the load by task and the layer's figures, and their summary."""
         return {
             "tasks": self.tasks,
+            **({"experts": self.experts} if self.experts else {}),
             "sites": {
                 site: {
                     "load": [[round(value, 5) for value in row] for row in layer.load.tolist()],

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 
 from moelora.core.errors import AdapterError
 
-MAX_CONFIG, MAX_ITEMS = 1 << 20, 1 << 19  # bytes; values in a JSON text, of 65,000 tensors in a header
+MAX_CONFIG, MAX_FILE = 1 << 20, 32 << 30  # bytes
+MAX_ITEMS = 450_000  # values in a JSON text: a header of 56,000 tensors
 FLAGS = os.O_RDONLY | sum(getattr(os, f"O_{name}", 0) for name in ("NONBLOCK", "NOCTTY", "NOFOLLOW", "BINARY"))
 FIX = "correct the file, or save the adapter again"
 AGAIN = "the file is damaged or incomplete: copy or save the adapter again"
@@ -61,7 +62,7 @@ def open_inside(folder: Path, name: str, root: Path | None = None) -> io.Buffere
     if not regular:
         if handle >= 0:
             os.close(handle)
-        fail(path, "file", "a folder, pipe or device", "a regular file", AGAIN)
+        fail(path, "file", "a folder, pipe, device or broken link", "a regular file", AGAIN)
     return os.fdopen(handle, "rb")
 
 
@@ -124,6 +125,8 @@ def sha256_of(folder: Path, name: str, root: Path | None = None) -> str:
     """The SHA-256 of a file of the folder, in hexadecimal."""
     digest = hashlib.sha256()
     with open_inside(folder, name, root) as file:
+        if (size := os.fstat(file.fileno()).st_size) > MAX_FILE:
+            fail(Path(folder) / name, "size", f"{size} bytes", f"at most {MAX_FILE}", AGAIN)
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -142,7 +142,6 @@ class _Place:
             if (real, actual) != (size, expected):
                 with suppress(OSError):
                     os.unlink(os.path.realpath(path))
-                    path.unlink(missing_ok=True)
                 found, wanted = f"{real} bytes, sha256 {actual[:12]}...", f"{size} bytes, sha256 {expected[:12]}..."
                 fail(path, "content", found, f"{wanted} by the hub", "it was taken out of the cache: try again")
 
@@ -155,8 +154,8 @@ class _Place:
             folders = [path.rpartition("/")[0] for path in files if path.endswith((f"/{CONFIG}", f"/{MANIFEST}"))]
             what = f"adapters are in its folders {short(folders[:3])}" if folders else "check the name and the revision"
             fail(self.entry, "file", f"no {name} at {self.commit[:12]}", "every file of the adapter", what)
-        item, most = files[name], MAX_FILE if name.endswith(".safetensors") else MAX_CONFIG
-        size, most = item.lfs.size if item.lfs else item.size, MAX_MANIFEST if name == MANIFEST else most
+        size, most = files[name].size, MAX_FILE if name.endswith(".safetensors") else MAX_CONFIG
+        most = MAX_MANIFEST if name == MANIFEST else most
         if type(size) is not int or not 0 <= size <= most:
             fail(f"{self.entry}: {name}", "size", f"{size} bytes", f"at most {most}", "nothing was downloaded")
         return size

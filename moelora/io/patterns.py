@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,43 +13,32 @@ import regex
 
 from moelora.io.files import fail, short
 
-MAX_PATTERN, MAX_MATCHES, SECONDS = 256, 1_000_000, 0.3  # characters; patterns times modules; for all matches together
-COUNTS = re.compile(r"\{(\d{0,2})(,\d{0,2})?\}")
+MAX_PATTERN, MAX_RULES, MAX_MATCHES = 256, 256, 1_000_000  # characters; expressions; patterns times modules
+MAX_UNROLLED = 2048  # characters, times all {counts} of an expression: the engine writes repetitions out
+SECONDS = 0.3  # of the processor, for all patterns of one adapter
+COUNTS = re.compile(r"\{(\d{0,3})(?:,(\d{0,3}))?\}")
+FOREIGN = re.compile(r"[^ -~]|\[\[|\[:|--|&&|~~|\|\||\\[1-9NuUx]|\(\?(?:P[=>]|\()")
+"""What the two engines may read differently: other than ASCII, sets of sets, references to groups."""
 SIMPLER = "list the modules by name"
 NAMED = re.compile(r"(\^|\.\*)?((?:[A-Za-z0-9_-]|\\?\.)+)\$?")
 
 
 class Budget:
-    """The time that all patterns of one adapter may take together."""
+    """The processor time that all patterns of one adapter may take together, to be compiled and to be matched."""
 
     def __init__(self, path: Path, seconds: float = SECONDS) -> None:
-        self.path, self.left = path, seconds
+        self.path, self.left, self.started, self.rules = path, seconds, 0.0, 0
 
     def pattern(self, key: str, pattern: str) -> Callable[[str], bool]:
         """Whether a module path matches ``pattern`` as a whole, in Python's syntax. Raises AdapterError.
 
         The function raises AdapterError once the time is spent.
         """
-        text = short(pattern)
-        if len(pattern) > MAX_PATTERN:
-            fail(self.path, key, f"a pattern of {len(pattern)} characters", f"at most {MAX_PATTERN}", SIMPLER)
-        counts = COUNTS.findall(pattern)
-        if len(counts) != pattern.count("{") or len(counts) > 2:
-            fail(self.path, key, f"the pattern {text}", "at most two {counts}, of two digits each", SIMPLER)
-        try:
-            re.compile(pattern)  # what Python would refuse, and the other module's own syntax
-            rule = regex.compile(pattern)
-        except (re.error, regex.error, RecursionError, OverflowError) as error:
-            fail(self.path, key, f"the pattern {text}", f"a regular expression ({short(str(error))})", SIMPLER)
+        rule, what = self._rule(key, pattern), f"the pattern {short(pattern)}, which takes too long"
 
         def matches(module: str) -> bool:
-            started = time.perf_counter()
-            try:
-                return rule.fullmatch(module, timeout=max(self.left, 1e-3)) is not None
-            except TimeoutError:
-                fail(self.path, key, f"the pattern {text}, which takes too long", "a simple one", SIMPLER)
-            finally:
-                self.left -= time.perf_counter() - started
+            with self._spend(key, what):
+                return rule(module)
 
         return matches
 
@@ -58,20 +48,78 @@ class Budget:
         PEFT's rule is ``re.match(rf"(.*\\.)?({pattern})$", module)``, in the order of the file. Names, with ``.`` for
         any character, are compared without the engine, so that thousands of them cost little.
         """
-        if len(patterns) * modules > MAX_MATCHES:
+        if len(patterns) * max(modules, 50) > MAX_MATCHES:
             fail(self.path, key, f"{len(patterns)} patterns for {modules} modules", "fewer", "merge the patterns")
-        table = [(self._ending(key, pattern), value) for pattern, value in patterns.items()]
-        return lambda module: next((value for matches, value in table if matches(module)), default)
+        if not patterns:
+            return lambda module: default
+        what = f"{len(patterns)} patterns, which take too long"
+        table = [(*self._ending(key, pattern), value) for pattern, value in patterns.items()]
 
-    def _ending(self, key: str, pattern: str) -> Callable[[str], bool]:
+        def first(module: str) -> Any:
+            with self._spend(key, what):
+                matching = (value for end, rule, value in table if module.endswith(end) and rule(module))
+                return next(matching, default)
+
+        return first
+
+    def _ending(self, key: str, pattern: str) -> tuple[str, Callable[[str], bool]]:
+        """(what a module path that matches ends with, whether one that does so matches)."""
         found = NAMED.fullmatch(pattern) if len(pattern) <= MAX_PATTERN else None
         if found is None:
-            return self.pattern(key, rf"(.*\.)?({pattern})")
-        anchor, rule, length = found[1], re.compile(found[2]), len(found[2].replace("\\", ""))
+            return "", self._rule(key, pattern, r"(.*\.)?({})")
+        anchor, name = found[1], found[2].replace("\\", "")
+        literal = re.split(r"\\?\.", found[2])[-1]
+        wild = [place for place, letter in enumerate(found[2].replace("\\.", "!")) if letter == "."]
+
+        def rule(module: str) -> bool:
+            start = len(module) - len(name)
+            border = start == 0 or anchor == ".*" or (anchor is None and module[start - 1 : start] == ".")
+            if start < 0 or not border:
+                return False
+            end = list(module[start:])
+            for place in wild:
+                end[place] = "."
+            return end == list(name)
+
+        return literal, rule
+
+    def _rule(self, key: str, pattern: str, around: str = "{}") -> Callable[[str], bool]:
+        """Whether a module path matches a pattern within ``around``; asked within ``_spend``, False when time is up."""
+        text = short(pattern)
+        if len(pattern) > MAX_PATTERN:
+            fail(self.path, key, f"a pattern of {len(pattern)} characters", f"at most {MAX_PATTERN}", SIMPLER)
+        self.rules += 1
+        if self.rules > MAX_RULES:
+            fail(self.path, key, f"more than {MAX_RULES} regular expressions", "fewer", SIMPLER)
+        if (foreign := FOREIGN.search(pattern)) is not None:
+            fail(self.path, key, f"{short(foreign[0])} in the pattern {text}", "a plain expression", SIMPLER)
+        unrolled, counts = len(pattern), COUNTS.findall(pattern)
+        for low, high in counts:
+            unrolled *= max(int(low or 0), int(high or 0), 1)
+        if len(counts) != pattern.count("{") or unrolled > MAX_UNROLLED:
+            fail(self.path, key, f"the pattern {text}", "few and small {counts}", SIMPLER)
+        try:
+            re.compile(pattern)  # refuses what is the other module's own syntax
+            with self._spend(key, f"the pattern {text}, which takes too long"):
+                rule = regex.compile(around.format(pattern), regex.VERSION0, cache_pattern=False)
+        except (re.error, regex.error, RecursionError, OverflowError) as error:
+            fail(self.path, key, f"the pattern {text}", f"a regular expression ({short(str(error))})", SIMPLER)
 
         def matches(module: str) -> bool:
-            start = len(module) - length
-            border = start == 0 or anchor == ".*" or (anchor is None and module[start - 1 : start] == ".")
-            return start >= 0 and border and rule.fullmatch(module, start) is not None
+            left = self.left - (time.thread_time() - self.started)
+            try:
+                return left > 0 and rule.fullmatch(module, timeout=max(left, 1e-3)) is not None
+            except (TimeoutError, MemoryError):
+                self.left = 0.0
+                return False
 
         return matches
+
+    @contextmanager
+    def _spend(self, key: str, what: str) -> Iterator[None]:
+        """Take the time of a block from the budget. Raises AdapterError where it is spent."""
+        self.started = time.thread_time()
+        yield
+        self.left -= time.thread_time() - self.started
+        if self.left <= 0:
+            fail(self.path, key, what, "simple patterns", SIMPLER)

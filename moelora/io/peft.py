@@ -7,8 +7,10 @@
         .lora_B.bias             [O]     with lora_bias
         .lora_magnitude_vector   [O]     with use_dora
         .base_layer.bias         [O]     with bias: lora_only or all, the bias in place of the base's
-        .bias                    [O]     with bias: all, the same of a module without LoRA
+        .bias                    [O]     the same before PEFT 0.7; with bias: all, that of a module without LoRA too
     base_model.model.<module>.<name>     a module trained in full, with modules_to_save, or resized embeddings
+        .original_module.<name>          the same before it was trained: not read
+        .modules_to_save.<name>          the same once more: not read
 
 No other file is opened, nothing is unpickled and no model is built. The header of the tensor file is checked against
 the configuration before a tensor is read. The time and the memory that a file can cost are bounded.
@@ -17,8 +19,10 @@ the configuration before a tensor is read. The time and the memory that a file c
 from __future__ import annotations
 
 import math
+import os
 import re
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,7 +32,7 @@ from torch import Tensor
 
 from moelora.io.files import AGAIN, fail, read_object
 from moelora.io.patterns import Budget
-from moelora.io.peft_config import CONFIG, PLAIN, check_config
+from moelora.io.peft_config import CONFIG, MOVED, PLAIN, check_config
 from moelora.io.tensors import Entry, TensorFile
 
 WEIGHTS = "adapter_model.safetensors"
@@ -43,11 +47,23 @@ PARTS = {
     "magnitude": re.compile(r"(.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?"),
     "base_bias": re.compile(r"(.+)\.base_layer\.bias"),
 }
-WRAPPED = ("base_layer", "modules_to_save", "token_adapter", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "wpe", "word_embeddings", "shared", "embeddings", "embed_out")
+COPIES = re.compile(r"(.+)\.(?:original_module|modules_to_save(?:\.default)?)(\..+)")
+WRAPPED = re.compile(
+    r"(?:^|\.)(?:|lora_[^.]*|base_layer|original_module|modules_to_save|token_adapter|_\w+_wrapped_module)(?:\.|$)"
+)
+"""Parts of a path that are no module of a base model."""
+EMBEDDINGS = (
+    *("embed_tokens", "wte", "word_embeddings", "shared", "embeddings", "embed_in", "tok_embeddings", "tokens_embed"),
+    *("word_embedding", "token_embedding", "lm_head", "embed_out", "decoder", "proj_out", "output_projection"),
+    *("output_layer", "vocab_projector", "lm_loss"),
+)
+"""What transformers calls the two modules that are saved where a vocabulary was resized."""
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""What was saved in full without being named in the configuration, before PEFT 0.12."""
+MAX_SAVED = 1_000_000  # names of modules_to_save times tensors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoRATensors:
     """What an adapter adds to one module, in the dtypes of the file: A [r, D], B [O, r], and perhaps vectors [O].
 
@@ -81,7 +97,7 @@ class Module:
         return None, self.entries["base_bias"].shape[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PeftAdapter:
     """A PEFT LoRA folder whose configuration and header are found good; tensors are read when they are asked for.
 
@@ -124,27 +140,31 @@ def read_peft(folder: Path, root: Path | None = None) -> PeftAdapter:
     config = read_object(folder, CONFIG, root=root)
     check_config(config, folder / CONFIG)
     file = TensorFile(folder, WEIGHTS, root)
-    modules, full = _sort(file, config)
-    _check_parts(modules, config, folder)
-    _check_ranks(modules, config, folder)
+    with ExitStack() as stack:
+        stack.callback(file.close)
+        modules, full = _sort(file, config)
+        check_parts(modules, config, folder)
+        check_ranks(modules, config, folder)
+        stack.pop_all()
     start = config.get("init_lora_weights", True)
-    return PeftAdapter(folder, config, modules, full, file, start if start in ("pissa", "olora") else None)
+    return PeftAdapter(folder, config, modules, full, file, start if start in MOVED else None)
 
 
 def warn_if_untrained(adapter: PeftAdapter) -> None:
-    """Warn where every B is zero; reads them until one is not."""
-    halves = (module.entries["B"] for module in adapter.modules.values() if "B" in module.entries)
-    if adapter.modules and not any(bool(adapter.file.read(entry.name).any()) for entry in halves):
-        message = f"{adapter.file.path}: every lora_B is zero, so the adapter changes nothing: was it trained?"
+    """Warn where the halves that start at zero are all still so; reads them, in pieces, until one is not."""
+    half = "A" if adapter.config.get("init_lora_weights") == "mica" else "B"
+    halves = [module.entries[half].name for module in adapter.modules.values() if half in module.entries]
+    if halves and all(adapter.file.is_zero(name) for name in halves):
+        message = f"{adapter.file.path}: every lora_{half} is zero, so the adapter changes nothing: was it trained?"
         warnings.warn(message, stacklevel=3)
 
 
 def _refuse_absent(folder: Path) -> None:
     for name in (CONFIG, WEIGHTS):
         path = folder / name
-        if path.exists() or path.is_symlink():
+        if os.path.lexists(path):
             continue
-        pickled = next((other for other in PICKLES if (folder / other).exists()), None)
+        pickled = next((other for other in PICKLES if os.path.lexists(folder / other)), None)
         if name == WEIGHTS and pickled is not None:
             fail(folder / pickled, "format", "a pickle, which can run code and is never opened", WEIGHTS, CONVERT)
         fail(path, "file", "nothing", f"{CONFIG} and {WEIGHTS} as PEFT's save_pretrained writes them", "check the path")
@@ -154,37 +174,52 @@ def _sort(file: TensorFile, config: dict[str, Any]) -> tuple[dict[str, Module], 
     """(parts of LoRAs by module, tensors of whole modules by name)."""
     modules: dict[str, Module] = {}
     full: dict[str, Entry] = {}
-    saved = [*(config.get("modules_to_save") or []), *EMBEDDINGS]
+    bias = config.get("bias", "none")
+    saved = (*(config.get("modules_to_save") or ()), *HEADS.get(config.get("task_type") or "", ()))
     if not file.entries:
         fail(file.path, "tensors", "none", "two for each module", "under ZeRO-3, gather the weights before saving")
+    if len(saved) * len(file.entries) > MAX_SAVED:
+        fail(file.path, "modules_to_save", f"{len(saved)} names for {len(file.entries)} tensors", "fewer", PLAIN)
     for name, entry in file.entries.items():
         if entry.dtype not in FLOATS:
             fail(file.path, name, f"dtype {str(entry.dtype).removeprefix('torch.')}", "a floating-point dtype", PLAIN)
+        if 0 in entry.shape:
+            what = "under ZeRO-3, gather the weights before saving"
+            fail(file.path, name, f"shape {list(entry.shape)}", "no size of 0", what)
         if not name.startswith(PREFIX):
             fail(file.path, name, "such a name", f"one that starts with {PREFIX}", "save it from PEFT's PeftModel")
         path = name.removeprefix(PREFIX)
-        part, match = next(((p, m) for p, rule in PARTS.items() if (m := rule.fullmatch(path))), ("", None))
-        if match is None and config.get("bias") == "all" and path.endswith(".bias"):
-            part, match = "base_bias", re.fullmatch(r"(.+)\.bias", path)
-        if match is None and not _wrapped(path) and any(_within(path, module) for module in saved):
-            full[path] = entry
+        part, match = "", None
+        if "lora_" in path or path.endswith(".base_layer.bias"):
+            part, match = next(((p, m) for p, rule in PARTS.items() if (m := rule.fullmatch(path))), (part, match))
+        if match is None and (copy := COPIES.fullmatch(path)) and f"{PREFIX}{copy[1]}{copy[2]}" in file.entries:
             continue
-        if match is None or _wrapped(match[1]):
+        parent, _, leaf = path.rpartition(".")
+        if match is None and not WRAPPED.search(path):
+            if not _within(path, saved) and leaf == "bias" and bias in ("all", "lora_only"):
+                part, match = "base_bias", re.fullmatch(r"(.+)\.bias", path)
+            elif (
+                _within(path, saved)
+                or (bias == "all" and "bias" in path)  # such as T5's relative_attention_bias.weight
+                or (leaf in ("weight", "bias") and parent.rpartition(".")[2] in EMBEDDINGS)
+            ):
+                full[path] = entry
+                continue
+        if match is None or WRAPPED.search(match[1]):
             _refuse_kind(file.path, name)
         entries = modules.setdefault(match[1], Module()).entries
         if part in entries:
             fail(file.path, name, f"{entries[part].name} too, which means the same", "it once", AGAIN)
         entries[part] = entry
+    for path, entry in full.items():
+        if (module := modules.get(path.rpartition(".")[0])) is not None and module.rank:
+            fail(file.path, entry.name, "a weight of a module that has a LoRA too", "one of the two", AGAIN)
     return modules, full
 
 
-def _within(path: str, module: str) -> bool:
-    """Whether a tensor belongs to a module that is named by its path or the end of it."""
-    return f".{module}." in f".{path}"
-
-
-def _wrapped(path: str) -> bool:
-    return any(part in WRAPPED or part.startswith("lora_") for part in path.split("."))
+def _within(path: str, modules: tuple[str, ...]) -> bool:
+    """Whether a tensor is of a module whose path ends like one of these, or of a module in it: PEFT's rule."""
+    return any(f"{module}." in path for module in modules)
 
 
 def _refuse_kind(path: Path, name: str) -> NoReturn:
@@ -192,7 +227,7 @@ def _refuse_kind(path: Path, name: str) -> NoReturn:
         "lora_embedding_": "LoRA of an embedding",
         "trainable_tokens": "trained tokens (trainable_token_indices)",
         "base_layer.lora_": "LoRA of a parameter (target_parameters)",
-        "base_layer": "a weight of the base layer",
+        "base_layer": "a weight of the base layer, as of an embedding or output layer with a LoRA",
         "_wrapped_module": "a name of FSDP or checkpointing wrappers",
     }
     kind = next((kind for part, kind in kinds.items() if part in name), "no part of LoRA, and not in modules_to_save")
@@ -200,13 +235,15 @@ def _refuse_kind(path: Path, name: str) -> NoReturn:
     fail(path, name, kind, names, PLAIN)
 
 
-def _check_parts(modules: dict[str, Module], config: dict[str, Any], folder: Path) -> None:
+def check_parts(modules: dict[str, Module], config: dict[str, Any], folder: Path) -> None:
     """Every module has the parts that the configuration says, of shapes that agree."""
     path = folder / WEIGHTS
     switches = {"bias": "lora_bias", "magnitude": "use_dora"}
     for module in modules.values():
         entries = module.entries
         some = next(iter(entries.values()))
+        if entries.keys() == {"base_bias"} and config.get("bias") == "lora_only":
+            fail(path, some.name, "a bias without a LoRA", "both, by bias: lora_only", AGAIN)
         for half, other in ("AB", "BA"):
             if half not in entries and (other in entries or entries.keys() != {"base_bias"}):
                 fail(path, some.name, f"no lora_{half} beside it", "both halves", AGAIN)
@@ -226,7 +263,7 @@ def _check_parts(modules: dict[str, Module], config: dict[str, Any], folder: Pat
                 fail(path, entry.name, f"shape {list(entry.shape)}", f"{module.features[1]} features", AGAIN)
 
 
-def _check_ranks(modules: dict[str, Module], config: dict[str, Any], folder: Path) -> None:
+def check_ranks(modules: dict[str, Module], config: dict[str, Any], folder: Path) -> None:
     """Give every module its scale, once its halves have the rank of the configuration."""
     budget = Budget(folder / CONFIG)
     patterns = {key: config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}

@@ -10,19 +10,19 @@ from typing import Any
 from moelora.io.files import FIX, fail, short
 
 CONFIG = "adapter_config.json"
-MAX_RANK, MAX_ALPHA = 4096, 1e6
+MAX_RANK, MAX_ALPHA, MAX_NAMES, MAX_NAME = 4096, 1e6, 4096, 1024
 UNMOVED = (True, False, "gaussian", "orthogonal", "eva", "mica")
 """Starts that leave the base weights as they were."""
 MOVED = ("pissa", "olora")
 """Starts that took something out of the base weights which can be computed again from these."""
 READ = {
     *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"),
-    *("bias", "lora_bias", "use_dora", "modules_to_save"),
+    *("bias", "lora_bias", "use_dora", "modules_to_save", "task_type"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
 RECORDED = {"base_model_name_or_path", "revision", "fan_in_fan_out"}
 IGNORED = {
-    *("task_type", "auto_mapping", "peft_version", "inference_mode", "lora_dropout", "runtime_config"),
+    *("auto_mapping", "peft_version", "inference_mode", "lora_dropout", "runtime_config"),
     *("megatron_core", "qalora_group_size"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # init_lora_weights says which was used
 }
@@ -59,12 +59,14 @@ def check_config(config: dict[str, Any], path: Path) -> None:
         check(key, lambda v: type(v) is bool, "true or false", FIX, False)
     if config.get("use_dora") and config.get("lora_bias"):
         fail(path, "lora_bias", "true, beside use_dora", "one of the two, as in PEFT", FIX)
-    for key in ("base_model_name_or_path", "revision"):
-        check(key, lambda v: v is None or isinstance(v, str), "a string or null", FIX)
+    for key in ("base_model_name_or_path", "revision", "task_type"):
+        check(key, lambda v: v is None or _is_name(v), f"null or at most {MAX_NAME} printable characters", FIX)
+    few = f"list of at most {MAX_NAMES}"
     for key in ("target_modules", "exclude_modules", "layers_pattern"):
-        check(key, lambda v: v is None or isinstance(v, str) or _are(str, v), "a string, a list of them or null", FIX)
-    check("modules_to_save", lambda v: v is None or _are(str, v), "a list of names or null", FIX)
-    check("layers_to_transform", lambda v: v is None or type(v) is int or _are(int, v), "block numbers or null", FIX)
+        check(key, lambda v: v is None or isinstance(v, str) or _are(_is_name, v), f"null, a string or a {few}", FIX)
+    check("modules_to_save", lambda v: v is None or (_are(_is_name, v) and "" not in v), f"null or a {few} names", FIX)
+    blocks = f"null, a block or a {few}"
+    check("layers_to_transform", lambda v: v is None or _is_block(v) or _are(_is_block, v), blocks, FIX)
     for key, good in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
         check(key, lambda v: v is None or isinstance(v, dict), "an object or null", FIX)
         for pattern, value in (config.get(key) or {}).items():
@@ -72,7 +74,9 @@ def check_config(config: dict[str, Any], path: Path) -> None:
                 fail(path, f"{key}: {short(pattern)}", short(value), "a number in the range of its default", FIX)
     unknown = sorted(config.keys() - READ - RECORDED - IGNORED - set(REFUSED))
     for key in unknown:
-        check(key, _inactive, "null, false or empty", "moelora does not know this setting, so it cannot honour it")
+        if not _inactive(config[key]):
+            what = "moelora does not know this setting, so it cannot honour it"
+            fail(path, short(key), short(config[key]), "null, false or empty", what)
     if unknown:
         warnings.warn(f"{path}: unknown settings, all off: {short(unknown)}", stacklevel=4)
 
@@ -93,5 +97,14 @@ def _is_alpha(value: object) -> bool:
     return type(value) in (int, float) and 0 < value <= MAX_ALPHA  # type: ignore[operator]
 
 
-def _are(kind: type, value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is kind for item in value)
+def _is_name(value: object) -> bool:
+    """Whether it can be shown and be used as a path as it is."""
+    return isinstance(value, str) and len(value) <= MAX_NAME and value.isprintable()
+
+
+def _is_block(value: object) -> bool:
+    return type(value) is int
+
+
+def _are(kind: Callable[[object], bool], value: object) -> bool:
+    return isinstance(value, list) and len(value) <= MAX_NAMES and all(map(kind, value))

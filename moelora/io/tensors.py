@@ -7,15 +7,16 @@ import os
 import re
 import weakref
 from contextlib import ExitStack
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moelora.io.files import AGAIN, fail, open_inside, parse_object, short, take
+from moelora.io.files import AGAIN, MAX_FILE, fail, open_inside, parse_object, short, take
 
-MAX_HEADER, MAX_FILE, MAX_WIDTH, MAX_DIMS = 16 << 20, 32 << 30, 1 << 22, 8
+MAX_HEADER, MAX_WIDTH, MAX_DIMS = 12 << 20, 1 << 22, 8
 BLOCK = 1 << 20  # values that are checked at a time
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -68,7 +69,7 @@ class TensorFile:
             fail(self.path, "__metadata__", short(notes), "an object of strings", AGAIN)
         entries = {name: _entry(name, value, self.path) for name, value in header.items()}
         end = 0
-        for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.end)):
+        for entry in sorted(entries.values(), key=attrgetter("begin", "end")):
             if entry.begin != end:
                 fail(self.path, entry.name, f"data at byte {short(entry.begin)}", f"it at {end}", AGAIN)
             end = entry.end
@@ -111,13 +112,15 @@ def _entry(name: str, value: Any, path: Path) -> Entry:
     kind, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(kind, str) or kind not in DTYPES:
         fail(path, name, f"dtype {short(kind)}", f"one of {', '.join(DTYPES)}", "save the tensor in one of these")
-    if not _sizes(shape, MAX_DIMS) or not all(0 <= size <= MAX_WIDTH for size in shape):
+    if not _integers(shape, MAX_DIMS) or not 0 <= min(shape, default=0) <= max(shape, default=0) <= MAX_WIDTH:
         fail(path, name, f"shape {short(shape)}", f"at most {MAX_DIMS} sizes from 0 to {MAX_WIDTH}", AGAIN)
     count = math.prod(shape) * DTYPES[kind].itemsize
-    if not _sizes(offsets, 2) or len(offsets) != 2 or offsets[0] < 0 or offsets[1] - offsets[0] != count:
+    if (math.prod(size or 1 for size in shape) if count == 0 else count) > MAX_FILE:  # strides of no values count too
+        fail(path, name, f"shape {short(shape)}", f"at most {MAX_FILE} bytes", AGAIN)
+    if not _integers(offsets, 2) or len(offsets) != 2 or offsets[0] < 0 or offsets[1] - offsets[0] != count:
         fail(path, name, f"data_offsets {short(offsets)}", f"{count} bytes", AGAIN)
     return Entry(name, DTYPES[kind], tuple(shape), offsets[0], offsets[1])
 
 
-def _sizes(value: Any, most: int) -> bool:
-    return isinstance(value, list) and len(value) <= most and all(type(size) is int for size in value)
+def _integers(value: Any, most: int) -> bool:
+    return isinstance(value, list) and len(value) <= most and {*map(type, value)} <= {int}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moelora.core.errors import ConfigError
 from moelora.core.methods import Methods
 from moelora.model.adapters import fill_experts, full_modules, is_lora
-from moelora.model.config import AdapterConfig, build_init, build_losses, build_sites, find_sites, resolve
+from moelora.model.config import AdapterConfig, build_init, build_losses, build_sites, find_sites, resolve, routed_sites
 from moelora.model.ffn import block_layers
 from moelora.model.layer import RoutedLinear
 from moelora.model.record import Adaptation, main_process, routed_layers
@@ -85,7 +85,8 @@ def attach(
         if getattr(module, "gradient_checkpointing", False) is True
     }
     _check_router(model, record)
-    kinds = block_layers(model, sites) if record.router.around == "ffn" else {}
+    routed = routed_sites(config, methods, sites)
+    kinds = block_layers(model, routed) if record.router.around == "ffn" else {}
     weights = [_weight(model.get_submodule(site.name)) for site in sites]
     layers: dict[str, RoutedLinear] = {}
     for site, router, experts in build_sites(config, methods, sites, [weight.device for weight in weights]):
@@ -94,7 +95,8 @@ def attach(
         router, experts = router.to(dtype), experts.to(dtype)
         if experts.anchored:
             experts.keep_anchors()  # buffers stayed as they were: again, in the parameters' dtype
-        layer = kind(base_layer, site, experts, router, losses, record.port, config.experts.lora_dropout)
+        terms = losses if isinstance(router, record.router) else {}
+        layer = kind(base_layer, site, experts, router, terms, record.port, config.experts.lora_dropout)
         layers[site.name] = layer.train(base_layer.training)
     start(layers)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from moelora.core.errors import AdapterError
 from moelora.core.route import Route
@@ -21,11 +23,12 @@ from moelora.model.layer import RoutedLinear
 from moelora.model.record import main_process
 from moelora.model.saved import find_saved
 from moelora.model.sources import Source, bias_of, check_fit, dense_weight
+from moelora.routers.single import Single
 
-EXACT, TOLERANCE = 1e-10, 1e-6
+EXACT, ROUNDED = 1e-12, 1e-6
 """Largest difference that a proof lets pass at any output, relative to the sum of its absolute terms.
 
-The second is for what is kept in float32 of DoRA and of biases.
+The second is for terms with what is kept of DoRA and of biases, in float32. All is computed in float64.
 """
 
 
@@ -47,7 +50,9 @@ def fill_experts(
     """
     for path, layer in layers.items():
         beyond = sources[layer.experts.num_experts :]
-        if len(sources) < layer.experts.num_experts or any(path in source.adapter.modules for source in beyond):
+        if isinstance(layer.router, Single) and config.router["name"] != "single":
+            _check_plain(path, sources, config)
+        elif len(sources) < layer.experts.num_experts or any(path in source.adapter.modules for source in beyond):
             raise AdapterError(
                 f"experts.adapters: {len(sources)} experts in {', '.join(str(s.folder) for s in sources)}, but "
                 f"num_experts is {layer.experts.num_experts} at '{path}'"
@@ -60,9 +65,10 @@ def fill_experts(
         check_fit(source, model, {path: layer.site for path, layer in layers.items()})
     _check_kind(next(iter(layers.values())).experts, layers, sources, config)
     errors: dict[str, float] = {}
-    for path, layer in layers.items():
+    for path, layer in tqdm(layers.items(), "Reading experts", delay=2, leave=False, disable=not main_process()):
         loras = [source.read(path, layer.base_layer) for source in sources[: layer.experts.num_experts]]
         if is_lora(layer.experts):
+            loras = [replace(lora, scale=float(torch.tensor(lora.scale, dtype=torch.float32))) for lora in loras]
             kinds = [kind for source in sources if (kind := source.dtype(path)) is not None]
             wide = functools.reduce(torch.promote_types, kinds, kinds[0]) if kinds else None
             _stack(layer, loras, wide if config.experts.train == "none" else None)
@@ -82,6 +88,18 @@ def fill_experts(
             f"experts.adapters: a core space of rank {config.experts.r} does not hold all of these LoRAs: at '{worst}' "
             f"{100 * errors[worst]:.3g} % of them is lost (relative Frobenius norm, worst layer); r: {ranks} is exact",
             stacklevel=2,
+        )
+
+
+def _check_plain(path: str, sources: Sequence[Source], config: AdapterConfig) -> None:
+    """The first adapter, and no other, has the LoRA of a layer that has one for all experts."""
+    here = [source for source in sources if path in source.adapter.modules]
+    if len(here) != 1 or here[0] is not sources[0]:
+        leave = f"leave {path.rpartition('.')[2]} out of target_modules"
+        raise AdapterError(
+            f"experts.adapters: '{path}' has one LoRA for all experts (router '{config.router['name']}'), the first "
+            f"adapter's; found one in {', '.join(str(source.folder) for source in here) or 'none'}; "
+            f"{'choose a router with experts there too, such as softmax' if here else leave}"
         )
 
 
@@ -106,7 +124,7 @@ def _check_kind(
     kinds = {"magnitude": "DoRA", "bias": "lora_bias", "base_bias": "trained biases"}
     parts = {part for module in odd.adapter.modules.values() for part in module.entries}
     what = f"{odd.folder}: {' and '.join(kind for part, kind in kinds.items() if part in parts)}"
-    if name != "lora" or type(next(iter(layers.values()))) is not RoutedLinear:
+    if name != "lora" or any(type(layer) is not RoutedLinear for layer in layers.values()):
         raise AdapterError(
             f"{what} can only be an expert of experts: lora, beside single layers; found experts: {name}"
         )
@@ -119,7 +137,10 @@ def _stack(layer: RoutedLinear, loras: Sequence[LoRATensors], dtype: torch.dtype
     held = dict(experts.named_parameters())
     for parameter in held.values():
         keep = parameter.dtype if dtype is None or parameter.dtype == torch.float64 else dtype
-        parameter.data = torch.zeros(parameter.shape, dtype=keep, device=parameter.device)
+        if parameter.dtype == keep:  # in place: an optimiser or engine may hold it
+            parameter.zero_()
+        else:
+            parameter.data = torch.zeros(parameter.shape, dtype=keep, device=parameter.device)
     stretch = torch.zeros(experts.num_experts, layer.out_features, dtype=torch.float64)
     shift = torch.zeros_like(stretch)
     for index, lora in enumerate(loras):
@@ -167,61 +188,58 @@ def _prove(path: str, layer: RoutedLinear, loras: Sequence[LoRATensors], sources
 
     The expected values are computed in float64 from the tensors of the files, by PEFT's formulas.
     """
-    device = layer.experts.scale.device
+    experts = layer.experts if layer.experts.scale.device.type != "mps" else copy.deepcopy(layer.experts).cpu()
+    device = experts.scale.device
     if device.type == "meta":
         return
-    exact = torch.float32 if device.type == "mps" else torch.float64
     x = torch.randn(len(loras), layer.in_features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    one_hot = Route(torch.eye(len(loras), dtype=exact, device=device), len(loras))
-    found = layer.experts(x.to(device, exact), lambda *_: one_hot)
+    one_hot = Route(torch.eye(len(loras), dtype=x.dtype, device=device), len(loras))
+    found = experts(x.to(device), lambda *_: one_hot)
     odd = any(lora.magnitude is not None for lora in loras)
-    weight = dense_weight(layer.base_layer).double().cpu() if odd else None
+    weight = dense_weight(layer.base_layer).cpu().double() if odd else None
     bias = bias_of(layer.base_layer)
     wide = torch.zeros(layer.out_features).double() if bias is None else bias.cpu().double()
-    if layer.experts.shift is not None:
+    if experts.shift is not None:
         y = wide.expand(len(loras), -1) if weight is None else x @ weight.t() + wide
-        found = found + cast(Tensor, layer.experts.beside(one_hot, y.to(found)))
-    held = dict(layer.experts.named_parameters())
+        found = found + cast(Tensor, experts.beside(one_hot, y.to(found)))
+    held = dict(experts.named_parameters())
     for index, lora in enumerate(loras):
-        kept = replace(
-            lora,
-            A=lora.A.to(held["lora_A"].dtype),  # a float64 file may train in float32
-            B=lora.B.to(held["lora_B"].dtype),
-            scale=float(torch.tensor(lora.scale, dtype=layer.experts.scale.dtype)),
-        )
-        expected, terms = alone(kept, x[index], weight, wide)
-        difference = (found[index].cpu().double() - expected).abs()
-        tolerance = TOLERANCE if layer.experts.vectors[index] else EXACT
-        if not (difference <= (tolerance if exact == torch.float64 else 10 * TOLERANCE) * terms).all():  # or NaN
+        A, B = lora.A.to(held["lora_A"].dtype), lora.B.to(held["lora_B"].dtype)  # a float64 file may train in float32
+        expected, error = alone(replace(lora, A=A, B=B), x[index], weight, wide)
+        difference = (found[index].cpu() - expected).abs()
+        if not (difference <= error).all():  # or not a number
             raise AdapterError(
                 f"{sources[index].folder}: as expert {index} of '{path}' it does not compute what it does alone: "
-                f"largest difference {float(difference.max()):.3g} at values of up to {float(terms.max()):.3g}; please "
-                "report this as a bug"
+                f"largest difference {float(difference.max()):.3g} at values of up to {float(expected.abs().max()):.3g}"
+                "; please report this as a bug"
             )
 
 
 def alone(lora: LoRATensors, x: Tensor, weight: Tensor | None, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """(what an adapter alone adds to y = W x + b for x [..., D], the sums of absolute terms), [..., O] in x's dtype.
+    """(what an adapter alone adds to y = W x + b for x [..., D], what its proof lets pass), [..., O] in x's dtype.
 
     weight: W [O, D], which DoRA needs. bias: b [O].
     """
     update = x.new_zeros(*x.shape[:-1], len(bias))
-    size = update.clone()
+    error = size = update.clone()
     A, B = lora.A.to(x), lora.B.to(x)
     if A.numel():
         update = lora.scale * (x @ A.t() @ B.t())
         size = lora.scale * (x.abs() @ A.abs().t() @ B.abs().t())
+        error = EXACT * size
     if lora.magnitude is not None:
         assert weight is not None
         weight = weight.to(x)
         rows = lora.magnitude.to(x) / (weight + lora.scale * (B @ A)).norm(dim=1)
-        update, size = rows * (x @ weight.t() + update) - x @ weight.t(), size + x.abs() @ weight.abs().t()
-        size = (1 + rows.abs()) * size
+        update = rows * (x @ weight.t() + update) - x @ weight.t()
+        error = ROUNDED * (1 + rows.abs()) * (size + x.abs() @ weight.abs().t() + bias.abs())
     if lora.bias is not None:
-        update, size = update + lora.scale * lora.bias.to(x), size + lora.scale * lora.bias.to(x).abs()
+        own = lora.scale * lora.bias.to(x)
+        update, error = update + own, error + ROUNDED * own.abs()
     if lora.base_bias is not None:
-        update, size = update + lora.base_bias.to(x) - bias, size + lora.base_bias.to(x).abs() + bias.abs()
-    return update, size
+        own = lora.base_bias.to(x)
+        update, error = update + own - bias, error + ROUNDED * (own.abs() + bias.abs())
+    return update, error
 
 
 def _project(experts: Experts, loras: Sequence[LoRATensors]) -> float:

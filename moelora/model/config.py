@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field, field_validator
 from torch import nn
 
-from moelora.core.errors import ConfigError
+from moelora.core.errors import ConfigError, TargetError
 from moelora.core.methods import Methods
 from moelora.core.tape import Site
 from moelora.core.validate import Strict, check, nearest
@@ -56,6 +56,15 @@ class ExpertsConfig(Strict):
     def most(self) -> int:
         """The number of experts of the layer that has most."""
         return self.num_experts if isinstance(self.num_experts, int) else max(self.num_experts)
+
+    @property
+    def labels(self) -> list[str]:
+        """What to call the experts in a report: the last part of the folder or hub id that each starts from.
+
+        None where experts start anew, an adapter gives several, or two would be called the same.
+        """
+        names = [entry.rstrip("/").rpartition("/")[2].partition("@")[0] for entry in self.adapters]
+        return names if len(names) == len(set(names)) == self.most else []
 
     def at(self, site: Site) -> int:
         """The number of experts at a site. Raises ConfigError when a list does not fit the model's depth."""
@@ -164,20 +173,34 @@ def find_sites(model: nn.Module, config: AdapterConfig) -> list[Site]:
     return select(model, config.target_modules, exclude, config.layers_to_transform, config.layers_pattern)
 
 
+def routed_sites(config: AdapterConfig, methods: Methods, sites: Sequence[Site]) -> list[Site]:
+    """The sites that the router is for: all but those it leaves to a plain LoRA. Raises TargetError for none."""
+    router_class: type[Router] = methods.find("routers", config.router["name"])
+    routed = [site for site in sites if not router_class.plain(site, _without(config.router, "name"))]
+    if not routed:
+        raise TargetError(
+            f"router '{config.router['name']}' leaves all {len(sites)} targets to plain LoRAs, such as "
+            f"'{sites[0].name}', and has none for its experts; target other layers too, or take router: single"
+        )
+    return routed
+
+
 def build_sites(
     config: AdapterConfig, methods: Methods, sites: Sequence[Site], devices: Sequence[torch.device] | None = None
 ) -> Iterator[tuple[Site, Router, Experts]]:
     """Router and experts of every site; the experts' parameters are still empty. Sites of a group share a router."""
     routers: dict[str, Router] = {}
     router_class: type[Router] = methods.find("routers", config.router["name"])
+    options = _without(config.router, "name")
     anchored = any(methods.find("losses", name).anchored for name in config.losses)  # type: ignore[attr-defined]
     for position, site in enumerate(sites):
-        shape = (site, config.experts.at(site), config.experts.r)
-        group = router_class.group(site, _without(config.router, "name"))
+        plain = router_class.plain(site, options)
+        shape = (site, 1 if plain else config.experts.at(site), config.experts.r)
+        group = None if plain else router_class.group(site, options)
         with nullcontext() if devices is None else torch.device(devices[position]):
             router = routers.get(group) if group is not None else None
             if router is None:
-                router = methods.build("routers", config.router, *shape)
+                router = methods.build("routers", {"name": "single"} if plain else config.router, *shape)
             experts: Experts = methods.build("experts", config.experts.method(), *shape)
             if router.num_experts != experts.num_experts:
                 raise ConfigError(

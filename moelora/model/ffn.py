@@ -32,9 +32,10 @@ def block_layers(model: nn.Module, sites: list[Site]) -> dict[str, type[RoutedLi
         own = {child: f"{site.parent}.{child}" for child, _ in model.get_submodule(site.parent).named_children()}
         inside = {child: path for child, path in own.items() if child in FIRST + LAST}
         if not any(child in FIRST for child in inside) or sum(child in LAST for child in inside) != 1:
+            lora = "; attention may have a LoRA beside them: router: {name: mixlora, attention: lora}"
             raise TargetError(
                 f"'{site.name}' is not part of a feed-forward block that experts can be put around; target its "
-                f"projections alone (known names: {', '.join(FIRST + LAST)})"
+                f"projections alone (known names: {', '.join(FIRST + LAST)}){lora if site.in_attention else ''}"
             )
         absent = [path for path in inside.values() if path not in names]
         if absent or site.name not in inside.values():

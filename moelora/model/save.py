@@ -56,7 +56,8 @@ def load(
 
         model = moelora.load(AutoModelForCausalLM.from_pretrained(base), "out/run")
     """
-    at = locate(adapter if revision is None else f"{adapter}@{revision}")
+    here = revision is None or Path(adapter).exists()
+    at = locate(adapter if here else f"{adapter}@{revision}")
     methods = Methods(plugins)
     saved = _open(at, methods)
     _check_base(base_model, saved, force)

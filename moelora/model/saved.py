@@ -65,11 +65,12 @@ def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def fill_saved(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give the trained modules values, by name in the base model."""
+    """Give the trained modules values, by name in the base model, or as ``write`` names them."""
     for path, module in saved_modules(model).items():
         for key, value in module.state_dict(keep_vars=True).items():
-            if f"{path}.{key}" in tensors:
-                value.copy_(tensors[f"{path}.{key}"])
+            name = next((name for name in (f"{path}.trained.{key}", f"{path}.{key}") if name in tensors), None)
+            if name is not None:
+                value.copy_(tensors[name])
 
 
 def _inside(path: str, outer: list[str]) -> bool:

@@ -166,6 +166,12 @@ def check_fit(source: Source, model: nn.Module, sites: Mapping[str, Site]) -> No
             if "base_bias" in module.entries and bias_of(known[path]) is None:
                 name = module.entries["base_bias"].name
                 fail(adapter.file.path, name, "a bias", f"none, as '{path}' has none", "load its own base model")
+            kept = adapter.config.get("bias", "none")
+            if kept != "none" and bias_of(known[path]) is not None and "base_bias" not in module.entries:
+                raise AdapterError(
+                    f"{folder}: bias: {kept} has trained the bias of '{path}', which is not in the file, so it is "
+                    f"lost; to take the adapter without its biases, set bias to none in {CONFIG}"
+                )
         elif path not in known:
             raise AdapterError(
                 f"{folder}: it adapts '{path}', and {type(model).__name__} has no such module"
@@ -183,7 +189,7 @@ def check_fit(source: Source, model: nn.Module, sites: Mapping[str, Site]) -> No
                 f"{folder}: bias: {adapter.config.get('bias')} has trained the bias of '{path}', which is not an "
                 "adapted layer here, so no gate can choose it; add it to target_modules if it is linear"
             )
-    targeted = _targets(known, adapter)
+    targeted = targets_of(known, adapter)
     absent = sorted(path for path in targeted if path not in adapter.modules)
     if absent:
         raise AdapterError(
@@ -210,7 +216,7 @@ def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _targets(modules: Mapping[str, nn.Module], adapter: PeftAdapter) -> set[str]:
+def targets_of(modules: Mapping[str, nn.Module], adapter: PeftAdapter) -> set[str]:
     """The linear layers that the configuration names, by PEFT's rules; none where it does not say."""
     config = adapter.config
     budget = Budget(adapter.folder / CONFIG)

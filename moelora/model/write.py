@@ -155,6 +155,7 @@ class _Expert:
     rank: dict[str, int] = field(default_factory=dict)
     alpha: dict[str, float] = field(default_factory=dict)
     parts: set[str] = field(default_factory=set)
+    bias: str = "lora_only"
 
     def add(self, layer: RoutedLinear, index: int, A: Tensor, B: Tensor) -> None:
         experts, path = layer.experts, layer.site.name
@@ -164,6 +165,9 @@ class _Expert:
             parts["lora_A.weight"] = A[start : start + rank]
             parts["lora_B.weight"] = B[:, start : start + rank]
             self.rank[path], self.alpha[path] = rank, float(experts.scale[start]) * rank
+        elif vectors:  # bias: all has trained the bias of a layer without LoRA
+            parts = {"bias": vectors["base_bias"]}
+            self.bias = "all"
         self.parts.update(vectors)
         self.tensors.update({f"{PREFIX}{path}.{key}": value.detach().cpu() for key, value in parts.items()})
 
@@ -193,7 +197,7 @@ def _peft_config(expert: _Expert, record: Adaptation, model: nn.Module) -> str:
         "target_modules": list(expert.rank),
         "lora_dropout": record.config.experts.lora_dropout,
         "fan_in_fan_out": any(isinstance(layer.base_layer, Conv1D) for layer in routed_layers(model)),
-        "bias": "lora_only" if "base_bias" in expert.parts else "none",
+        "bias": expert.bias if "base_bias" in expert.parts else "none",
         "lora_bias": "bias" in expert.parts,
         "use_dora": "magnitude" in expert.parts,
         "inference_mode": True,
@@ -207,6 +211,8 @@ def _card(record: Adaptation, model: nn.Module) -> str:
     experts, router = config.experts, dict(config.router)
     name = router.pop("name")
     options = ", ".join(f"{key}={value}" for key, value in router.items())
+    plain = any(not isinstance(layer.router, record.router) for layer in routed_layers(model))
+    beside = " The first holds the LoRAs of attention, too, which are on beside every expert." if plain else ""
     return f"""---
 library_name: moelora
 tags: [lora, mixture-of-experts, moelora]
@@ -224,5 +230,5 @@ from transformers import AutoModelForCausalLM
 model = moelora.load(AutoModelForCausalLM.from_pretrained("{base}"), "PATH_OR_HUB_ID_OF_THIS_FOLDER")
 ```
 
-Each folder in `experts/` is a plain PEFT LoRA. Alone it is that expert always on, without the router.
+Each folder in `experts/` is a plain PEFT LoRA. Alone it is that expert always on, without the router.{beside}
 """

@@ -47,6 +47,11 @@ class Router(ExactBuffers, ABC):
         """Sites of equal group have one router between them; None is a router of one's own."""
         return None
 
+    @classmethod
+    def plain(cls, site: Site, options: dict[str, Any]) -> bool:
+        """Whether a site has one expert, always on, in place of routed ones: a plain LoRA beside the mixture."""
+        return False
+
     @property
     def scale_rank(self) -> int:
         return self.r

@@ -12,15 +12,18 @@ Shapes: weight (Wg) [E, D], from N(0, 0.02), one router per block; no bias. jitt
 scaled by U(1 - jitter, 1 + jitter). The authors add ``losses: {balance: 0.001}``, over all layers together; here it is
 the mean over layers.
 
-Differences from the released code: attention is not adapted beside the experts (there it has plain LoRAs); experts'
-dropout is off in evaluation (there it stays on); frozen products are not repeated, also in the last projection.
+attention: ``lora`` gives targets in attention one LoRA each, of rank r and always on, as the authors do; they have no
+gates and no terms, and are saved with expert 0. ``refuse``: targets are blocks alone. Others are refused either way.
 
-Recipe line: ``router: {name: mixlora, top_k: 2}`` with ``target_modules: [gate_proj, up_proj, down_proj]``
+Differences from the released code: experts' dropout is off in evaluation (there it stays on); frozen products are not
+repeated, also in the last projection.
+
+Recipe line: ``router: {name: mixlora, top_k: 2, attention: lora}`` with ``target_modules: all-linear``
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -46,6 +49,7 @@ class MixLoRA(Router):
         *,
         top_k: Annotated[int, Field(ge=1)] = 2,
         jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        attention: Literal["refuse", "lora"] = "refuse",
     ) -> None:
         super().__init__(site, num_experts, r)
         check_top_k("mixlora", top_k, num_experts)
@@ -56,6 +60,10 @@ class MixLoRA(Router):
     @classmethod
     def group(cls, site: Site, options: dict[str, Any]) -> str:
         return site.parent
+
+    @classmethod
+    def plain(cls, site: Site, options: dict[str, Any]) -> bool:
+        return options["attention"] == "lora" and site.in_attention
 
     def forward(self, x: Tensor, view: View) -> Route:
         if self.training and self.jitter:

@@ -15,14 +15,14 @@ The papers route densely. They differ in the rest: HydraLoRA's experts share one
 only and adds a loss that balances groups of experts.
 
 Differences from the released code: LoRAMoE and HydraLoRA draw a dropout mask per expert, here one per layer; the
-temperature and top_k are additions.
+temperature, top_k and attention (from LoRAMoE as in MoE-PEFT) are additions.
 
 Recipe line: ``router: {name: softmax}`` or ``router: {name: softmax, top_k: 2, renorm: false}``
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -35,7 +35,8 @@ from moelora.routers.base import Router, check_top_k, linear_scores, reset_linea
 
 class Softmax(Router):
     """Softmax over experts. temperature: divides the logits. top_k: experts used per token, None for all; equal logits
-    go to the lowest index. renorm: the gates of the chosen sum to 1; means nothing without top_k.
+    go to the lowest index. renorm: the gates of the chosen sum to 1; means nothing without top_k. attention: ``lora``
+    gives targets in attention one expert each, always on and without terms, in place of routed ones.
 
     Raises ConfigError when top_k exceeds num_experts.
     """
@@ -51,12 +52,17 @@ class Softmax(Router):
         temperature: Annotated[float, Field(gt=0)] = 1.0,
         top_k: Annotated[int, Field(ge=1)] | None = None,
         renorm: bool = True,
+        attention: Literal["experts", "lora"] = "experts",
     ) -> None:
         super().__init__(site, num_experts, r)
         check_top_k("softmax", top_k, num_experts)
         self.temperature, self.top_k, self.renorm = temperature, top_k, renorm
         self.weight = nn.Parameter(torch.empty(num_experts, site.in_features))
         reset_linear(self.weight)
+
+    @classmethod
+    def plain(cls, site: Site, options: dict[str, Any]) -> bool:
+        return options["attention"] == "lora" and site.in_attention
 
     def forward(self, x: Tensor, view: View) -> Route:
         logits = linear_scores(self.weight, x) / self.temperature

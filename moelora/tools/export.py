@@ -34,6 +34,7 @@ from moelora.tools.plain import (
     expert_error,
     fold,
     mixture_error,
+    own_expert,
     refuse_more_than_lora,
     single_expert,
 )
@@ -92,7 +93,7 @@ def export_dense(model: Any, folder: str | Path, tokenizer: Any = None, task: in
             raise AdapterError(
                 f"transformers cannot dequantise this base model: {error}; give an unquantised one"
             ) from None
-        export.notes.append("the base model was dequantised; the result is not quantised, and larger")
+    export.notes.append("the base model was dequantised; what is written is not quantised, and larger")
     with new_folder(export.folder) as into:
         export.errors = merge_weights(model, task)
         model.save_pretrained(into)
@@ -215,8 +216,8 @@ def _nearest(
 
 
 def _expert(model: nn.Module, index: int) -> dict[str, PlainLoRA]:
-    here = (layer for layer in routed_layers(model) if index < layer.experts.num_experts)
-    return {layer.site.name: single_expert(layer.experts, index) for layer in here}
+    here = ((layer, own_expert(layer, index)) for layer in routed_layers(model))
+    return {layer.site.name: single_expert(layer.experts, own) for layer, own in here if own is not None}
 
 
 def _folded(model: nn.Module, gates: Mapping[str, Tensor]) -> dict[str, PlainLoRA]:
@@ -250,9 +251,9 @@ def _write_expert(
 ) -> None:
     written = write_lora(into / name, loras, model)
     for layer in routed_layers(model):
-        if index < layer.experts.num_experts:
-            path = layer.site.name
-            export.errors[f"{name}: {path}"] = expert_error(layer, index, written.get(path))
+        own, path = own_expert(layer, index), layer.site.name
+        if own is not None:
+            export.errors[f"{name}: {path}"] = expert_error(layer, own, written.get(path))
 
 
 def _mixture_errors(model: nn.Module, task: int | None, written: Mapping[str, PlainLoRA]) -> dict[str, float]:

@@ -116,7 +116,7 @@ def write_lora(
     """
     used = {path: lora for path, lora in loras.items() if lora.rank}
     if not used:
-        raise AdapterError(f"{folder.name}: this expert adds nothing to any layer, so there is no LoRA to write")
+        raise AdapterError(f"{folder.name}: nothing is added to any layer, so there is no LoRA to write")
     whole = saved_modules(model) if saved else {}
     tensors: dict[str, Tensor] = {}
     for path, lora in used.items():

@@ -18,29 +18,33 @@ from moelora.core.errors import AdapterError
 from moelora.core.methods import Methods
 from moelora.io.folder import Manifest, read_manifest
 from moelora.model.config import resolve
-from moelora.model.save import load
 from moelora.model.saved import find_saved
-from moelora.tools.shards import Shards
+from moelora.tools.shards import PLAIN, Shards
 
 
-def load_hollow(
-    folder: Path, base: Path, name: str, plugins: Iterable[str | Path] = (), force: bool = False
-) -> PreTrainedModel:
-    """The adapter of ``folder`` on a base model without weights, but for its adapted layers and modules_to_save.
+def hollow_base(folder: Path, base: Path, name: str, plugins: Iterable[str | Path] = ()) -> PreTrainedModel:
+    """A base model without weights, but for the layers and modules_to_save of the adapter in ``folder``.
 
-    base: the base model's folder. name: what it is called. Everything is checked as ``moelora.load`` does; a forward of
-    the whole model is not possible. Raises AdapterError, also for a base without safetensors of the model's own layout.
+    base: the base model's folder. name: what it is called. ``moelora.load`` puts the adapter in and checks what it
+    always does; a forward of the whole model is not possible. Raises AdapterError for a base without such layers, or
+    without safetensors of the model's own layout.
     """
     manifest = read_manifest(folder)
     model = empty_model(manifest, base)
     model.config._name_or_path = name
-    shards = Shards(base, model)
+    shards, sites = Shards(base, model), {site.name for site in manifest.sites}
     for parameter in _needed(model, manifest, plugins):
-        _put(model, parameter, shards.mapped(parameter))
-    return load(model, folder, plugins=plugins, force=force)
+        if parameter not in shards.found and parameter.rpartition(".")[0] not in sites:
+            value = torch.zeros_like(shards.parameters[parameter], device="cpu")  # a new classifier, say: it is trained
+        else:
+            value = shards.mapped(parameter)
+        if parameter.endswith(".weight") and value.dtype not in PLAIN:
+            raise AdapterError(f"{base}: '{parameter}' is quantised ({value.dtype})")
+        _put(model, parameter, value)
+    return model
 
 
-def empty_model(manifest: Manifest, base: Path) -> Any:
+def empty_model(manifest: Manifest, base: Path) -> PreTrainedModel:
     """The class of model that an adapter was saved with, on the meta device. Raises AdapterError."""
     cls: Any = getattr(transformers, manifest.base.cls, None)
     if not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
@@ -52,7 +56,8 @@ def empty_model(manifest: Manifest, base: Path) -> Any:
     except (OSError, ValueError) as error:
         raise AdapterError(f"{base}: no base model: {str(error).strip().splitlines()[0]}") from error
     with torch.device("meta"):
-        return cls(config)
+        model: PreTrainedModel = cls(config)
+    return model
 
 
 def _needed(model: nn.Module, manifest: Manifest, plugins: Iterable[str | Path]) -> list[str]:

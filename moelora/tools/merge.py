@@ -23,7 +23,7 @@ from moelora.model.record import adaptation, routed_layers
 from moelora.model.saved import TrainedCopy
 from moelora.model.sources import bias_of
 from moelora.tools.plain import constant_gates, fold, random_tokens, routed
-from moelora.tools.shards import Shards
+from moelora.tools.shards import PLAIN, Shards
 
 ALTERNATIVES = (
     "--to lora writes one LoRA that comes near it and measures how near, --to peft and --to vllm write every expert by "
@@ -103,9 +103,10 @@ def merge_files(model: nn.Module, base: Path, into: Path, task: int | None) -> d
             for key, value in module.trained.state_dict().items():
                 changes[f"{path}.{key}"] = _instead(value)
     shards.refuse_tied(changes)
-    for parameter in changes:
-        if not shards.entry(parameter).dtype.is_floating_point:
-            raise AdapterError(f"{base}: '{parameter}' is {shards.entry(parameter).dtype}: quantised; see --dequantize")
+    for path in found:
+        dtype = shards.entry(f"{path}.weight").dtype
+        if dtype not in PLAIN:
+            raise AdapterError(f"{base}: '{path}.weight' is quantised ({dtype}); see --dequantize")
     shards.copy(into, changes)
     return check_files(found, shards, Shards(into, model), task)
 
@@ -142,7 +143,7 @@ def merge_weights(model: Any, task: int | None) -> dict[str, float]:
     }  # the last of its names
     for path, delta in found.items():
         base: Any = delta.layer.base_layer
-        if not base.weight.is_floating_point() or type(base) not in (nn.Linear, Conv1D):
+        if base.weight.dtype not in PLAIN or not isinstance(base, nn.Linear | Conv1D):
             raise ConfigError(f"'{path}' is a quantised {type(base).__name__}; call model.dequantize() first")
         if delta.shifts and base.bias is None:
             raise ConfigError(f"experts have a bias at '{path}', and the base model's layer has none to add it to")

@@ -27,6 +27,7 @@ from moelora.model.adapters import alone
 from moelora.model.layer import RoutedLinear
 from moelora.model.record import adaptation, routed_layers
 from moelora.model.sources import bias_of, dense_weight
+from moelora.routers.single import Single
 
 RANDOM = 64
 """Random tokens that a check looks at."""
@@ -53,8 +54,9 @@ class PlainLoRA:
         return self.scale * ((x @ self.A.to(x).t()) @ self.B.to(x).t())
 
     def folded(self) -> PlainLoRA:
-        """The same with the scale inside B."""
-        return PlainLoRA(self.A, self.B * self.scale)
+        """The same with the scale inside B, in float32 at least."""
+        wide = torch.promote_types(self.B.dtype, torch.float32)
+        return PlainLoRA(self.A.to(wide), self.B.to(wide) * self.scale)
 
     def trimmed(self) -> PlainLoRA:
         """Without ranks that add nothing because both their halves are zero, as padding is."""
@@ -69,15 +71,16 @@ class PlainLoRA:
 
     @torch.no_grad()
     def truncated(self, rank: int) -> tuple[PlainLoRA, float]:
-        """The closest LoRA of at most ``rank``, scale 1, and its relative error (Frobenius norm)."""
+        """The closest LoRA of at most ``rank``, scale 1, float32 at least, and its relative error (Frobenius norm)."""
         if rank >= self.rank:
             return self, 0.0
         left, right = torch.linalg.qr(self.B.double() * self.scale), torch.linalg.qr(self.A.double().t())
-        U, S, V = torch.linalg.svd(left.R @ right.R.t())
+        U, S, V = torch.linalg.svd(left.R @ right.R.t(), full_matrices=False)
         root = S[:rank].sqrt()
         B, A = left.Q @ (U[:, :rank] * root), (root.unsqueeze(1) * V[:rank]) @ right.Q.t()
         error = float(S[rank:].norm() / S.norm()) if float(S.norm()) > 0 else 0.0
-        return PlainLoRA(A.to(self.A.dtype), B.to(self.B.dtype)), error
+        wide = torch.promote_types(self.B.dtype, torch.float32)
+        return PlainLoRA(A.to(wide), B.to(wide)), error
 
 
 @torch.no_grad()
@@ -96,7 +99,7 @@ def fold(experts: Experts, gates: Tensor) -> PlainLoRA:
         return PlainLoRA(torch.einsum("g,gwd->wd", gates, rows), torch.einsum("g,ogw->ow", gates, units))
     if A.shape[0] == B.shape[1]:
         kept = (gates != 0).repeat_interleave(units.shape[2])
-        return PlainLoRA(A.to(wide)[kept], (units * gates.unsqueeze(-1)).flatten(1)[:, kept])
+        return PlainLoRA(A.to(wide)[kept], (units * gates.unsqueeze(-1)).flatten(1)[:, kept]).trimmed()
     return PlainLoRA(A.to(wide), torch.einsum("g,ogw->ow", gates, units))
 
 
@@ -151,12 +154,20 @@ def by_task(model: nn.Module) -> bool:
     )
 
 
+@torch.no_grad()
 def _gates(layer: RoutedLinear, task: int | None) -> Tensor | None:
     gates = None if layer.router.around == "ffn" else layer.router.constant_gates(task)
     if gates is None:
         return None
     weight = gates.unsqueeze(0).to(layer.experts.scale.device)
     return layer.experts.admit(Route(weight, len(gates))).weight[0]
+
+
+def own_expert(layer: RoutedLinear, index: int) -> int | None:
+    """Which expert of a layer goes with expert ``index`` of the model: the only one where one is always on for all."""
+    if isinstance(layer.router, Single):
+        return 0
+    return index if index < layer.experts.num_experts else None
 
 
 def one_hot(layer: RoutedLinear, index: int, tokens: int = 1) -> Route:

@@ -6,6 +6,7 @@ old one with some ranges of bytes replaced: header, order, dtypes and all other 
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -29,6 +30,8 @@ LEGAL = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)", re.IGNORECASE)
 NOT_COPIED = re.compile(r"adapter_config\.json|(?!model\.safetensors\.index\.json$).*\.index\.json|README.*")
 WANTED = [f"*{end}" for end in (*TEXTS, ".safetensors")] + ["LICENSE*", "NOTICE*", "USE_POLICY*"]
 MAX_INDEX = 64 << 20
+PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes of weights that are not quantised."""
 
 
 def base_folder(name: str, revision: str | None, weights: bool = True) -> Path:
@@ -132,7 +135,9 @@ class Shards:
                     entry = file.entries[key]
                     new = changes[parameter](self.read(parameter)).to(entry.dtype).contiguous()
                     copied.seek(file.start + entry.begin)
-                    copied.write(new.view(torch.uint8).numpy().tobytes())
+                    copied.write(new.reshape(-1).view(torch.uint8).numpy().tobytes())
+                copied.flush()
+                os.fsync(copied.fileno())
 
     def _fitting(self, parameter: str) -> tuple[str, str]:
         name, key = self.place(parameter)

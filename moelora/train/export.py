@@ -23,7 +23,7 @@ from moelora.recipe import Recipe, check_recipe, read_recipe
 from moelora.tools.condense import FITS, Batches
 from moelora.tools.export import export_dense, export_lora, export_merged, export_peft, export_vllm
 from moelora.tools.folder import Export, refuse_taken
-from moelora.tools.hollow import load_hollow
+from moelora.tools.hollow import hollow_base
 from moelora.tools.plain import constant_gates
 from moelora.tools.shards import base_folder
 from moelora.train.run import RECIPE, build_trainer, load_base, revision_of
@@ -59,17 +59,18 @@ def export_folder(
     recipe = _recipe(folder, base, plugins)
     number = None if task is None else _task_number(task, recipe.data, folder)
     source, options = base_source(recipe.base_model), revision_of(recipe)
-    if to == "merged" and _quantised(source, options, dequantize):
+    if to == "merged" and _quantised(recipe.base_model, source, options, dequantize):
         model, tokenizer = load_base(recipe)
         load(model, folder, plugins=plugins, force=force)
         return export_dense(model, dest, tokenizer, number)
     weights = base_folder(source, options.get("revision"))
     try:
-        model = load_hollow(folder, weights, recipe.base_model, plugins, force)
+        model = hollow_base(folder, weights, recipe.base_model, plugins)
     except AdapterError:
         if to == "merged":
             raise
-        model = _whole(recipe, folder, plugins, force)[0]  # no safetensors, or quantised: it says itself what is wrong
+        model = load_base(recipe)[0]  # no safetensors, or quantised ones
+    load(model, folder, plugins=plugins, force=force)
     if to == "peft":
         return export_peft(model, dest)
     if to == "merged":
@@ -78,7 +79,10 @@ def export_folder(
         return export_vllm(model, dest, number, rank)
     if constant_gates(model, number) is not None:
         return export_lora(model, dest, number, rank)
-    model, tokenizer = _whole(recipe, folder, plugins, force)
+    if probe is None and not task_names(recipe.data):
+        raise ConfigError(f"{folder}: no {RECIPE} with data to measure on; give rows with --probe FILE")
+    model, tokenizer = load_base(recipe)
+    load(model, folder, plugins=plugins, force=force)
     batches = probe_batches(recipe, model, tokenizer, probe, number)
     return export_lora(model, dest, number, rank, batches, choice)
 
@@ -141,29 +145,22 @@ def _refuse_useless(to: str, choice: str, rank: int | None, probe: Path | None, 
         raise ConfigError(f"--rank: expected a number of at least 1, found {rank}")
 
 
-def _quantised(source: str, options: dict[str, Any], dequantize: bool) -> bool:
+def _quantised(name: str, source: str, options: dict[str, Any], dequantize: bool) -> bool:
     """Whether a base model is quantised. Raises ConfigError where that is not what was asked for."""
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"base_model '{source}': {str(error).strip().splitlines()[0]}") from error
+        raise ConfigError(f"base_model '{name}': {str(error).strip().splitlines()[0]}") from error
     how: Any = getattr(config, "quantization_config", None)
     if how is not None and not dequantize:
         method = how.get("quant_method", "?") if isinstance(how, dict) else how
         raise ConfigError(
-            f"base_model '{source}' is quantised ({method}), so its weights cannot take the experts in exactly; "
+            f"base_model '{name}' is quantised ({method}), so its weights cannot take the experts in exactly; "
             "--dequantize merges into dequantised weights and writes them unquantised, --to lora leaves the base alone"
         )
     if how is None and dequantize:
-        raise ConfigError(f"--dequantize: base_model '{source}' is not quantised; leave it out")
+        raise ConfigError(f"--dequantize: base_model '{name}' is not quantised; leave it out")
     return how is not None
-
-
-def _whole(
-    recipe: Recipe, folder: Path, plugins: Iterable[str | Path], force: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model, tokenizer = load_base(recipe)
-    return load(model, folder, plugins=plugins, force=force), tokenizer
 
 
 def _recipe_rows(tasks: Sequence[Task], task: int | None) -> tuple[Dataset, Dataset]:

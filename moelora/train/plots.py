@@ -82,18 +82,21 @@ def specialisation(routing: Mapping[str, Any]) -> bytes:
 
 def unit_loads(routing: Mapping[str, Any], shown: int = 4) -> bytes:
     """Share of each task's gate mass by unit, in the most specialised layer of each quarter of the depth."""
-    sites, tasks = routing["sites"], routing["tasks"]
+    sites, tasks, experts = routing["sites"], routing["tasks"], routing.get("experts", [])
     names = list(sites)
     quarters = [list(part) for part in np.array_split(np.array(names), min(shown, len(names)))]
     chosen = [max(part, key=lambda name: sites[name]["specialisation"]) for part in quarters]
-    figure = Figure(figsize=(9.6, 0.3 * len(tasks) + 1.5), layout="constrained")
+    figure = Figure(figsize=(9.6, 0.3 * len(tasks) + 1.5 + 0.07 * max(map(len, experts), default=0)), layout="constrained")
     every = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
     for axes, name in zip(every, chosen, strict=True):
         load = np.array(sites[name]["load"])
         image = axes.imshow(load * load.shape[1], aspect="auto", cmap="viridis", vmin=0)
         axes.set_title(short(name), fontsize=9)
-        axes.set_xlabel("unit")
         axes.tick_params(labelsize=8)
+        if load.shape[1] == len(experts):
+            axes.set_xticks(range(len(experts)), experts, rotation=90)
+        else:
+            axes.set_xlabel("unit")
         figure.colorbar(image, ax=axes, pad=0.02)
     every[0].set_yticks(range(len(tasks)), tasks, fontsize=9)
     return _png(figure)

@@ -70,6 +70,9 @@ def write_report(
                 "name": name,
                 "tasks_by_layer": _embed(plots.specialisation(content)),
                 "units": _embed(plots.unit_loads(content)),
+                "tasks": content["tasks"],
+                "experts": content.get("experts", []),
+                "shares": _shares(content),
                 "layers": content["sites"],
                 "summary": content["summary"],
             }
@@ -86,6 +89,12 @@ def _values(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]], measure: str
         name: {task: float(values[measure]) for task, values in tasks.items() if values.get(measure) is not None}
         for name, tasks in metrics.items()
     }
+
+
+def _shares(routing: Mapping[str, Any]) -> list[list[float]]:
+    """[tasks][experts], rows sum to 1: a task's load, mean over the layers that choose among experts with names."""
+    loads = [site["load"] for site in routing["sites"].values() if site["units"] == len(routing.get("experts", []))]
+    return [[sum(column) / len(column) for column in zip(*rows, strict=True)] for rows in zip(*loads, strict=True)]
 
 
 def _best(metrics: Mapping[str, Any], tasks: Sequence[str], measure: str) -> dict[str, float]:

@@ -215,7 +215,7 @@ class MoeLoraTrainer(SFTTrainer):
         model.eval()  # and left so, as Trainer's own loop does: TRL's log tells evaluation from training by it
         batches = (self._prepare_inputs(batch) for batch in dataloader)
         if isinstance(model, RoutedModel):
-            self.routing = RoutingStats(self.tasks)
+            self.routing = RoutingStats(self.tasks, model.moelora.config.experts.labels)
             with collect(model, self.routing, with_terms=False), self.compute_loss_context_manager():
                 sums = token_sums(self.model_wrapped, batches, self.tasks)
             self.routing.reduce(self._add_up)

@@ -21,6 +21,35 @@ def look(tape: Tape, *shape: int, site: Site = SITE) -> View:
     return tape.view(site, torch.Size(shape))
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.0.self_attn.q_proj", True),
+        ("transformer.h.1.attn.c_proj", True),
+        ("transformer.h.1.crossattention.c_attn", True),
+        ("transformer.h.1.attn.attention.out_proj", True),
+        ("decoder.block.0.layer.1.EncDecAttention.o", True),
+        ("encoder.layer.0.attention.self.query", True),
+        ("encoder.layer.0.attention.output.dense", True),
+        ("transformer.attentions.3.q_lin", True),
+        ("model.layers.2.linear_attn.in_proj", True),
+        ("model.layers.0.self_attn.gate_proj", True),
+        ("model.layers.0.mlp.gate_proj", False),
+        ("transformer.h.1.mlp.c_proj", False),
+        ("encoder.layer.0.intermediate.dense", False),
+        ("encoder.layer.0.output.dense", False),
+        ("encoder.cross_attention.mlp.dense1", False),
+        ("attention_model.layers.0.mlp.up_proj", False),
+        ("model.layers.0.self_attn.experts.0.w1", False),
+        ("backbone.layers.0.mixer.in_proj", False),
+        ("pooler.dense", False),
+        ("attention", False),
+    ],
+)
+def test_attention_is_known_by_the_name_of_the_module_around_a_layer(name: str, expected: bool) -> None:
+    assert Site(name, 0, 5, 7).in_attention == expected
+
+
 def test_no_mask_means_all_tokens_count() -> None:
     view = look(Tape(), 2, 4)
     assert view.mask is None and view.task is None and view.shape == (2, 4)

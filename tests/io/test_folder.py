@@ -314,7 +314,7 @@ def test_errors_about_a_large_manifest_are_short(folder: Path, changes: dict[str
     [
         {"sites": [0] * 250_000},
         {"files": {str(i): 0 for i in range(250_000)}},
-        {"adapter": {"x": [[{}] * 1000] * 250}},
+        {"adapter": {"x": [[0] * 1000] * 250}},
         {"experts": [str(i) for i in range(MAX_EXPERTS + 1)]},
         {"pins": {str(i): {} for i in range(MAX_EXPERTS + 1)}},
     ],

@@ -275,6 +275,13 @@ def test_a_size_over_the_cap_or_unknown(hub: Hub, name: str, said: dict[str, Any
     assert not Path(constants.HF_HUB_CACHE).exists()
 
 
+@pytest.mark.parametrize("name", [WEIGHTS, MANIFEST])
+def test_a_large_file_within_its_own_cap_is_downloaded(hub: Hub, tmp_path: Path, name: str) -> None:
+    hub.commits[NEW] = adapter() if name == WEIGHTS else mixture(tmp_path / "made")
+    hub.says[name] = {"size": MAX_CONFIG + 1}
+    assert f"{name}: content: found" in fault(REPO) and name in hub.fetched()
+
+
 @pytest.mark.parametrize("sub", ["", "sub/"])
 def test_a_pickle_alone(hub: Hub, sub: str) -> None:
     hub.commits[NEW] = {f"{sub}{CONFIG}": adapter()[CONFIG], f"{sub}adapter_model.bin": b"pickle"}
@@ -292,6 +299,11 @@ def test_a_missing_file(hub: Hub, name: str) -> None:
 def test_folders_that_hold_adapters_are_named(hub: Hub) -> None:
     hub.commits[NEW] = {f"runs/{name}": content for name, content in adapter().items()}
     assert "adapters are in its folders ['runs']" in fault(REPO)
+
+
+def test_a_folder_that_is_not_there(hub: Hub) -> None:
+    hub.commits[NEW] = {f"runs/last/{name}": content for name, content in adapter().items()}
+    assert f"no {CONFIG} at" in fault(f"{REPO}/runs/best") and not hub.fetched()
 
 
 def test_two_adapters_in_one_folder(hub: Hub, tmp_path: Path) -> None:
@@ -548,7 +560,7 @@ def test_neither_a_path_nor_a_hub_id(hub: Hub, tmp_path: Path, entry: str) -> No
     assert os.path.abspath(entry) in message and hub.seen == []
 
 
-@pytest.mark.parametrize("entry", ["org/lo--ra", "-org/lora", "org/lora.git", "org/" + "x" * 97])
+@pytest.mark.parametrize("entry", ["org/lo--ra", f"org/lo--ra@{NEW}", "-org/lora", "org/lora.git", "org/" + "x" * 97])
 def test_names_that_no_repository_has(hub: Hub, tmp_path: Path, entry: str) -> None:
     assert "no name of a repository" in fault(entry) and str(tmp_path / entry) in fault(entry)
     assert hub.seen == []

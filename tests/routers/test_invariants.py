@@ -12,7 +12,6 @@ import moelora
 from moelora.core.methods import Methods
 from moelora.core.route import Route
 from moelora.experts.base import Experts
-from moelora.model.record import routed_layers
 from tests import tiny
 
 CONFIGS = tiny.METHODS
@@ -268,10 +267,13 @@ def test_gates_are_float32_in_a_bfloat16_model(name: str) -> None:
 @pytest.mark.parametrize("name", IN_LLAMA)
 def test_routes_are_what_the_router_says_they_are(name: str) -> None:
     """Shapes, distinct choices, and exactly the optional fields that ``gives`` names."""
-    model = tiny.adapted("llama", name)
+    model, found = tiny.adapted("llama", name), dict[str, Route]()
     for mode in (True, False):
-        for layer, route in zip(routed_layers(model.train(mode)), tiny.routes(model, **tiny.given()), strict=False):
-            T = tiny.given()["input_ids"].numel()
+        with torch.no_grad(), moelora.collect(model, lambda view, route: found.update({view.site.name: route})):
+            model.train(mode)(**tiny.given())
+        assert found
+        for site, route in found.items():
+            layer, T = model.get_submodule(site), tiny.given()["input_ids"].numel()
             assert route.weight.shape[0] == T and route.weight.isfinite().all()
             if route.index is None:
                 assert route.weight.shape == (T, route.units)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 import moelora
 from moelora.core.errors import ConfigError
 from tests import tiny
+from tests.adapters import peft_folder
 
 CONFIG = {"router": "single", "experts": {"r": 4, "lora_alpha": 8}}
 
@@ -40,3 +43,10 @@ def test_more_than_one_expert_leaves_the_model_untouched() -> None:
     with pytest.raises(ConfigError, match="takes num_experts: 1, found 2"):
         moelora.adapt(model, {"router": "single", "experts": {"num_experts": 2}})
     assert type(model) is cls and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_layer_that_its_adapter_lacks_adds_nothing(tmp_path: Path) -> None:
+    experts = {"r": 4, "adapters": [str(peft_folder(tmp_path, target_modules=["q_proj"]))]}
+    model = tiny.adapt(tiny.llama(), {"router": "single", "experts": experts, "target_modules": ["q_proj", "v_proj"]})
+    assert model.model.layers[0].self_attn.q_proj.experts.ranks == [4]
+    assert model.model.layers[0].self_attn.v_proj.experts.ranks == [0]

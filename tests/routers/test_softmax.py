@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moelora.core.errors import ConfigError
+from moelora.model.record import routed_layers
 from tests import tiny
 
 ALPHA = 8.0
@@ -126,3 +127,14 @@ def test_gates_are_float32_in_a_bfloat16_model() -> None:
     model = tiny.adapted("llama", "softmax").to(torch.bfloat16)
     for route in tiny.routes(model, **tiny.unlabelled(tiny.batch())):
         assert route.weight.dtype == route.logits.dtype == route.probs.dtype == torch.float32
+
+
+def test_attention_may_have_one_expert_each_beside_routed_layers() -> None:
+    router = {"name": "softmax", "attention": "lora"}
+    model = tiny.adapted("llama", "softmax", router=router, losses={"balance": 0.1})
+    for layer, route in zip(routed_layers(model), tiny.routes(model, **tiny.batch()), strict=True):
+        beside = "self_attn" in layer.site.name
+        assert layer.experts.num_experts == route.units == (1 if beside else 4)
+        assert (route.weight == 1).all() == beside == (not [*layer.router.parameters()])
+    model(**tiny.batch()).loss.backward()
+    tiny.gradients(model)

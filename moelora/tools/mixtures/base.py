@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from moelora.core.methods import Methods
 from moelora.core.tape import Site
 from moelora.core.validate import nearest
 from moelora.io.files import AGAIN, FIX, fail, read_object, short
+from moelora.io.peft import CONFIG, PeftAdapter
 from moelora.io.tensors import TensorFile
 from moelora.model.adapt import attach
 from moelora.model.adapters import fill_experts
@@ -25,6 +25,7 @@ from moelora.model.config import resolve
 from moelora.model.layer import RoutedLinear
 from moelora.model.sources import Source, pinned, warn_of_other_bases
 
+MAX_NUMBER = 1e30
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -60,10 +61,10 @@ class Settings:
     def number(
         self, key: str, good: Callable[[float], bool], expected: str, default: float | None = None, remedy: str = FIX
     ) -> float:
-        """A finite number that must be ``good``."""
+        """A number, not too large, that must be ``good``."""
 
         def fits(value: Any) -> bool:
-            return type(value) in (int, float) and math.isfinite(value) and good(value)
+            return type(value) in (int, float) and -MAX_NUMBER <= value <= MAX_NUMBER and good(value)
 
         return float(self.take(key, fits, expected, default, remedy))
 
@@ -157,6 +158,18 @@ def read_floats(file: TensorFile, name: str, shape: Sequence[int], why: str) -> 
             file.path, name, f"shape {list(entry.shape)}", f"{list(shape)} ({why})", "the files do not match: copy all"
         )
     return file.read(name)
+
+
+def refuse_more_than_lora(adapter: PeftAdapter, what: str) -> None:
+    """Raise AdapterError for an expert with more than low-rank factors: others do not mix these as moelora does.
+
+    DoRA is refused by X-LoRA's layers themselves, a bias of lora_B gets no gate there, and modules trained in full or
+    taken out of the base model's weights would hold for all experts.
+    """
+    more = {part for module in adapter.modules.values() for part in module.entries} - {"A", "B"}
+    found = [*sorted(more), *sorted(adapter.full)[:1], *([adapter.moved] if adapter.moved else [])]
+    if found:
+        fail(adapter.folder / CONFIG, "expert", ", ".join(found), "LoRA alone", what)
 
 
 def target_rule(model: nn.Module, paths: set[str], folder: Path) -> list[str] | str:

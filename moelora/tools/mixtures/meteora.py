@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from moelora.core.errors import AdapterError
 from moelora.core.tape import Site
 from moelora.io.files import AGAIN, fail
-from moelora.io.peft import CONFIG, LoRATensors, Module, PeftAdapter
+from moelora.io.peft import LoRATensors, Module, PeftAdapter
 from moelora.io.tensors import Entry, TensorFile
 from moelora.model.sources import Source, open_sources
-from moelora.tools.mixtures.base import FLOATS, Mixture, read_floats, target_rule
+from moelora.tools.mixtures.base import FLOATS, Mixture, read_floats, refuse_more_than_lora, target_rule
 
 WEIGHTS, GATE, PREFIX = "model.safetensors", ".moe_gate.weight", "base_model.model."
 PICKLES = ("pytorch_model.bin", "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0", "adapter_model.bin", "model.pt")
@@ -69,6 +69,10 @@ def read(folder: Path, experts: Sequence[str | Path], model: nn.Module, options:
             stack.callback(source.adapter.file.close)
             _check_plain(source.adapter, file, gates)
         given = [source.adapter for source in sources]
+        rows = {entry.shape[0] for name in gates.values() if (entry := file.entries[name]).shape}
+        if rows != {len(given)}:
+            expected = f"{' or '.join(map(str, sorted(rows)))}, as its gates have rows"
+            fail(file.path, "experts", f"{len(given)} in what was given", expected, ORDER)
         weights = {}
         for path, name in gates.items():
             width = given[0].modules[path].features[0] or 0
@@ -83,10 +87,10 @@ def read(folder: Path, experts: Sequence[str | Path], model: nn.Module, options:
         stack.pop_all()  # the layers read the experts
     router = {"name": "meteora", "top_k": min(2, len(given)), **options}
     most = max(module.rank for adapter in given for module in adapter.modules.values())
-    own = {"num_experts": len(given), "r": most, "train": "none", "adapters": list(map(str, experts))}
+    own = {"num_experts": len(given), "r": most, "train": "none", "adapters": [] if halves else list(map(str, experts))}
     notes = [
         f"top_k {router['top_k']}, temperature {router.get('temperature', 1)}: the checkpoint does not record them; "
-        "others by router={...}, or --router",
+        "others by router={...}, or --top-k and --temperature",
         "the experts are frozen, as in the paper; losses: {supervised_gate: 50} trains the gates as its authors did",
     ]
 
@@ -133,10 +137,7 @@ def _sort(file: TensorFile) -> tuple[dict[str, str], dict[str, dict[str, Entry]]
 
 def _check_plain(adapter: PeftAdapter, file: TensorFile, gates: Mapping[str, str]) -> None:
     """MeteoRA's experts are plain LoRAs for the modules that have gates."""
-    more = {part for module in adapter.modules.values() for part in module.entries} - {"A", "B"} | adapter.full.keys()
-    if more or adapter.moved:
-        what = f"{adapter.folder}: MeteoRA knows no such experts; {ORDER}"
-        fail(adapter.folder / CONFIG, "expert", ", ".join([*sorted(more)[:3], adapter.moved or ""]), "LoRA alone", what)
+    refuse_more_than_lora(adapter, f"MeteoRA knows no such experts: {ORDER}")
     for path in sorted(adapter.modules.keys() ^ gates.keys()):
         has = "a LoRA, and no gate in the checkpoint" if path in adapter.modules else "no LoRA, and a gate"
         fail(adapter.folder, f"'{path}'", has, f"the modules of {file.path}", "these are not its experts")

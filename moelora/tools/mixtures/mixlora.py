@@ -12,10 +12,12 @@ These projects write a pickle, adapter_model.bin, which is not opened; the same 
 
     mixlora     routers.mixlora: top_k of a softmax, around the feed-forward block
     mola        routers.softmax with top_k, at every layer
-    loramoe     routers.softmax over all experts, at every layer
+    loramoe     routers.softmax over all experts, at every layer of the feed-forward block
 
-Refused, since nothing here computes the same: mixlora-dynamic and mixlora-switch; LoRAs of attention beside the experts
-of MixLoRA and LoRAMoE; another activation than the base model's; DoRA, whose magnitudes are not in the file.
+LoRAs of attention beside the experts become ``attention: lora`` of these routers, with their own rank and scale.
+
+Refused, since nothing here computes the same: mixlora-dynamic and mixlora-switch; another activation than the base
+model's; DoRA, whose magnitudes are not in the file.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from torch import Tensor, nn
 from moelora.core.errors import AdapterError
 from moelora.core.tape import Site
 from moelora.io.files import AGAIN, fail, short
-from moelora.io.peft import CONFIG, WEIGHTS, Module, PeftAdapter, _check_parts, _check_ranks
+from moelora.io.peft import CONFIG, WEIGHTS, Module, PeftAdapter, check_parts, check_ranks
 from moelora.io.peft_config import MAX_ALPHA, MAX_RANK
 from moelora.io.tensors import TensorFile
 from moelora.model.ffn import FIRST, LAST
@@ -51,17 +53,14 @@ STRATEGIES = {
     "mixlora-switch": "moelora has no router with a capacity, which drops tokens",
     "mixtral": "this is the layout before MoE-PEFT: misc/legacy_weights_convertor.py of TUDB-Labs/MixLoRA converts it",
 }
-ATTENTION = (
-    "moelora has experts there and no LoRA beside them. It is always on: add scale * B @ A to that weight of the base "
-    "model, save this base, and leave the tensors and the targets of attention out of the folder"
-)
 
 
 @dataclass
 class Found:
-    """What the header says: names of gates, and modules of every expert, by path in the base model."""
+    """What the header says: names of gates, LoRAs of attention, and modules of every expert, by path in the model."""
 
     gates: dict[str, str] = field(default_factory=dict)
+    beside: dict[str, Module] = field(default_factory=dict)
     experts: list[dict[str, Module]] = field(default_factory=list)
 
     @property
@@ -75,7 +74,7 @@ def read(folder: Path, model: nn.Module) -> Mixture:
     kind = str(settings.take("peft_type", lambda v: v in KINDS, f"one of {KINDS}")).lower()
     count = settings.whole("num_experts", 1, MAX_EXPERTS)
     router, losses = _router(settings, kind, count)
-    own, dropout = _lora(settings)
+    plain, own = _lora(settings)
     targets = _targets(settings)
     _check_activation(settings, model)
     settings.ignore("base_model_name_or_path", "task_type", "name", "task_name", "lora_init", "router_init_range")
@@ -89,22 +88,31 @@ def read(folder: Path, model: nn.Module) -> Mixture:
         stack.callback(file.close)
         found = _sort(file, kind, count, blocks)
         _check_whole(file, found, kind, targets, blocks, model)
-        for expert in found.experts:
-            _check_parts(expert, {}, folder)
-            _check_ranks(expert, own, folder)
+        for loras, shape in ((found.beside, plain), *((expert, own) for expert in found.experts)):
+            check_parts(loras, {}, folder)
+            check_ranks(loras, shape, folder)
         gates = {path: _gate(file, name, count, path, kind, model) for path, name in found.gates.items()}
         stack.pop_all()  # the layers read the experts
-    sources = [Source(PeftAdapter(folder, own, expert, {}, file), str(folder)) for expert in found.experts]
+    found.experts[0].update(found.beside)
+    plain = plain if found.beside else own
+    base = settings.values.get("base_model_name_or_path")
+    config = {**own, "base_model_name_or_path": base if isinstance(base, str) else None}
+    sources = [Source(PeftAdapter(folder, config, expert, {}, file), str(folder)) for expert in found.experts]
     around = {f"{path}.{name}" for path in gates for name in _projections(model, path)} if kind == "mixlora" else set()
     adapter = {
-        "router": router,
+        "router": {**router, "attention": "lora"} if found.beside else router,
         "losses": losses,
         "target_modules": target_rule(model, found.paths | around, folder),
-        "experts": {"num_experts": count, "lora_dropout": dropout, **_shape(own)},
+        "experts": {"num_experts": count, **own, "r": max(own["r"], plain["r"])},
     }
-    notes = ["dropout of the experts is off in evaluation; in MoE-PEFT it stays on"] if dropout else []
+    dropout, other = own["lora_dropout"], plain["lora_dropout"]
+    notes = ["dropout is off in evaluation; in MoE-PEFT it stays on"] if dropout or other else []
+    if dropout != other:
+        notes.append(f"the LoRAs of attention had dropout {other}; trained on, they have the experts', {dropout}")
 
     def gate_of(site: Site) -> dict[str, Tensor]:
+        if site.name in found.beside:
+            return {}
         return {"weight": gates[site.parent if kind == "mixlora" else site.name]}
 
     return Mixture(folder, adapter, sources, gate_of, notes)
@@ -125,8 +133,8 @@ def _router(settings: Settings, kind: str, count: int) -> tuple[dict[str, Any], 
     return router, {"balance": coefficient} if on and coefficient and kind != "loramoe" else {}
 
 
-def _lora(settings: Settings) -> tuple[dict[str, Any], float]:
-    """(r, lora_alpha and use_rslora of the experts, their dropout). expert_lora has them where they are their own."""
+def _lora(settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(r, lora_alpha, use_rslora and lora_dropout of attention, those of the experts, which expert_lora may change)."""
     inner = settings.take("expert_lora", lambda v: v is None or isinstance(v, dict), "an object or null") or {}
     parts = [settings]
     if inner:
@@ -134,23 +142,21 @@ def _lora(settings: Settings) -> tuple[dict[str, Any], float]:
     for part in parts:
         part.take("bias", lambda v: v == "none", "'none'", "none")
         part.off("use_dora", "MoE-PEFT does not save the magnitudes of DoRA, so the trained model is not in the folder")
-    r, alpha, dropout, rslora = 8, 16.0, 0.0, False
+    found: list[dict[str, Any]] = []
     for part in parts:
-        outer = part is settings
-        r = part.whole("r", 1, MAX_RANK, None if outer else r)
-        alpha = part.number("lora_alpha", lambda v: 0 < v <= MAX_ALPHA, "a number above 0", None if outer else alpha)
-        dropout = part.number("lora_dropout", lambda v: 0 <= v < 1, "a number from 0, below 1", dropout)
-        rslora = part.flag("use_rslora", rslora)
+        last: dict[str, Any] = found[-1] if found else {"use_rslora": False, "lora_dropout": 0.0}
+        alpha, dropout = last.get("lora_alpha"), last["lora_dropout"]
+        own = {
+            "r": part.whole("r", 1, MAX_RANK, last.get("r")),
+            "lora_alpha": part.number("lora_alpha", lambda v: 0 < v <= MAX_ALPHA, "a number above 0", alpha),
+            "use_rslora": part.flag("use_rslora", last["use_rslora"]),
+            "lora_dropout": part.number("lora_dropout", lambda v: 0 <= v < 1, "a number from 0, below 1", dropout),
+        }
+        found.append(own)
     if inner:
         parts[1].ignore("peft_type", "target_modules", "lora_init")
         parts[1].close()
-    base = settings.values.get("base_model_name_or_path")
-    name = {"base_model_name_or_path": base} if isinstance(base, str) else {}
-    return {"r": r, "lora_alpha": alpha, "use_rslora": rslora, **name}, dropout
-
-
-def _shape(own: dict[str, Any]) -> dict[str, Any]:
-    return {key: own[key] for key in ("r", "lora_alpha", "use_rslora")}
+    return found[0], found[-1]
 
 
 def _targets(settings: Settings) -> set[str]:
@@ -191,17 +197,18 @@ def _sort(file: TensorFile, kind: str, count: int, blocks: dict[str, str]) -> Fo
     for name, entry in file.entries.items():
         key = name.split(".")
         path = blocks.get(".".join(key[1:4])) if key[0] == kind else None
-        match key[4:] if path else key:
-            case ["moe_gate", "weight"] if kind == "mixlora" and key[3] == "mlp":
+        part, rest = (key[3], key[4:]) if path else ("", [])
+        match rest:
+            case ["moe_gate", "weight"] if kind == "mixlora" and part == "mlp":
                 found.gates[str(path)] = name
             case [layer, "moe_gate", "weight"] if kind != "mixlora":
                 found.gates[f"{path}.{layer}"] = name
             case [layer, "experts", expert, ("lora_A" | "lora_B") as half, "weight"] if expert in numbers:
                 module = found.experts[numbers[expert]].setdefault(f"{path}.{layer}", Module())
                 module.entries[half[-1]] = entry
-            case [_, "lora_A" | "lora_B", "weight"]:
-                fail(file.path, name, "a LoRA beside the experts", "experts alone", ATTENTION)
-            case ["classifier"]:
+            case [layer, ("lora_A" | "lora_B") as half, "weight"] if kind != "mola" and part == "self_attn":
+                found.beside.setdefault(f"{path}.{layer}", Module()).entries[half[-1]] = entry
+            case _ if name == "classifier":
                 what = "moelora imports experts and gates: load it with MoE-PEFT, or leave the tensor out"
                 fail(file.path, name, "the head of a classifier", "experts and gates", what)
             case _:
@@ -213,18 +220,20 @@ def _sort(file: TensorFile, kind: str, count: int, blocks: dict[str, str]) -> Fo
 def _check_whole(
     file: TensorFile, found: Found, kind: str, targets: set[str], blocks: dict[str, str], model: nn.Module
 ) -> None:
-    """Every expert has every targeted layer of every block, and a gate; and nothing else has one."""
+    """Every expert has every targeted layer of every block, and a gate; attention has LoRAs; nothing else has one."""
     parents = [path for path in blocks.values() if kind == "mola" or path.endswith(".mlp")]
-    wanted = {
-        f"{path}.{name}"
-        for path in parents
+    layers = {
+        f"{path}.{name}": path in parents
+        for path in blocks.values()
         for name, _ in model.get_submodule(path).named_children()
         if name in targets
     }
+    wanted = {path for path, routed in layers.items() if routed}
     if not wanted:
         fail(file.path, "target_modules", f"{sorted(targets)}", "names of layers in the base model", AGAIN)
     gated = {path for path in parents if _projections(model, path)} if kind == "mixlora" else wanted
     sets = [("gate", set(found.gates), gated)]
+    sets += [("LoRA", set(found.beside), layers.keys() - wanted)]
     sets += [(f"expert {index}", set(expert), wanted) for index, expert in enumerate(found.experts)]
     for what, has, needs in sets:
         for path in sorted(needs - has):

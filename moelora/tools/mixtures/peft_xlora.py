@@ -177,7 +177,7 @@ def _find(
         warnings.warn(
             f"{file.path}: PEFT lost {', '.join(elsewhere)} of the router here when it saved; they are read from the "
             "files of the experts of these numbers, where it left them",
-            stacklevel=4,
+            stacklevel=5,
         )
     return found
 

@@ -23,10 +23,11 @@ import torch
 from torch import nn
 
 from moelora.io.files import fail, read_object
-from moelora.io.peft import CONFIG, PARTS, WEIGHTS, Module, PeftAdapter, _check_parts, _check_ranks, read_peft
+from moelora.io.peft import CONFIG, PARTS, WEIGHTS, Module, PeftAdapter, check_parts, check_ranks, read_peft
 from moelora.io.peft_config import check_config
 from moelora.io.tensors import TensorFile
-from moelora.model.sources import Source, _targets, open_sources
+from moelora.model.sources import Source, open_sources, targets_of
+from moelora.tools.mixtures.base import FLOATS, refuse_more_than_lora
 
 PREFIX, ROUTER = "base_model.lora_model.model.", "base_model.internal_xlora_classifier."
 OTHER = re.compile(r".+\.lora_[AB]\.\d+\.weight")
@@ -34,6 +35,7 @@ GIVE = (
     "give the folders of the experts, in the order of the router: experts=[...], or --expert; paths that a "
     "configuration names are never opened"
 )
+OTHERWISE = "X-LoRA computes something else with it than a mixture of experts: leave it out, and train a new router"
 LOST = (
     "PEFT names these experts 0, 1, ... and takes such names out of what it saves: blocks are lost from 0.20 to "
     "0.21.2, and renamed before 0.18. Give the folders that the experts were made from: experts=[...], or --expert"
@@ -63,19 +65,10 @@ def open_experts(folder: Path, names: Sequence[str], given: Sequence[str | Path]
                 GIVE,
             )
     for path, source in zip(own, sources, strict=True):
-        _refuse_more(source.adapter)
+        refuse_more_than_lora(source.adapter, OTHERWISE)
         if given:
             _compare(path, folder, source.adapter)
     return sources
-
-
-def _refuse_more(adapter: PeftAdapter) -> None:
-    """X-LoRA scales a bias by no gate, and knows neither DoRA nor modules trained in full."""
-    parts = {part for module in adapter.modules.values() for part in module.entries} - {"A", "B"}
-    if parts or adapter.full or adapter.moved:
-        found = ", ".join([*sorted(parts), *sorted(adapter.full)[:1], *([adapter.moved] if adapter.moved else [])])
-        what = "X-LoRA computes something else with it than a mixture of experts: leave it out, and train a new router"
-        fail(adapter.folder / CONFIG, "expert", found, "LoRA alone", what)
 
 
 def _read(path: Path, root: Path, model: nn.Module) -> PeftAdapter:
@@ -89,8 +82,8 @@ def _read(path: Path, root: Path, model: nn.Module) -> PeftAdapter:
         check_config(config, path / CONFIG)
         adapter = PeftAdapter(path, config, _own(file, model), {}, file)
         _check_complete(adapter, model)
-        _check_parts(adapter.modules, config, path)
-        _check_ranks(adapter.modules, config, path)
+        check_parts(adapter.modules, config, path)
+        check_ranks(adapter.modules, config, path)
         stack.pop_all()  # the layers read the expert
     return adapter
 
@@ -111,10 +104,10 @@ def _own(file: TensorFile, model: nn.Module) -> dict[str, Module]:
 
 def _check_complete(adapter: PeftAdapter, model: nn.Module) -> None:
     """Raise AdapterError unless it has tensors for the modules that it targets in ``model``, and for no others."""
-    targets, found = _targets(dict(model.named_modules()), adapter), adapter.modules.keys()
-    for paths, what in ((targets - found, "nothing"), (found - targets, "tensors for it")):
+    targets, found = targets_of(dict(model.named_modules()), adapter), adapter.modules.keys()
+    for paths, what in ((targets - found, "nothing"), (found - targets, "a LoRA")):
         if paths:
-            expected = "it has a LoRA, by target_modules" if what == "nothing" else "a module that target_modules name"
+            expected = "a LoRA, by target_modules" if what == "nothing" else "none, by target_modules"
             fail(adapter.file.path, f"'{min(paths)}' ({len(paths)} such modules)", what, expected, LOST)
 
 
@@ -134,7 +127,8 @@ def _compare_file(file: TensorFile, adapter: PeftAdapter) -> None:
         if own is None or half not in own.entries:
             continue
         mine, theirs = file.read(name), adapter.file.read(own.entries[half].name)
-        if mine.shape != theirs.shape or not torch.equal(mine.double(), theirs.double()):
+        rounded = (theirs.to(kind).double() for kind in FLOATS)  # PEFT loads them in the dtype of the base model
+        if not any(torch.equal(mine.double(), value) for value in rounded):
             what = (
                 "the experts are given in another order, or are others, or were trained on with the router "
                 "(use_trainable_adapters): give those that belong to it"

@@ -26,6 +26,8 @@ from tests import tiny
 
 E, R, ALPHA = 3, 2, 5
 FFN = ["gate_proj", "up_proj", "down_proj"]
+TEMPLATE = ["q_proj", "k_proj", "v_proj", "o_proj", *FFN]
+"""The targets of MoE-PEFT's templates/mixlora.json."""
 
 
 def phi(seed: int = 0, **options: Any) -> Any:
@@ -45,7 +47,8 @@ def folder_of(
     targets = targets or FFN
     model = tiny.llama() if base is None else base
     inner = more.get("expert_lora") or {}
-    r, made, state = inner.get("r", R), torch.Generator().manual_seed(7), {}
+    outer = more.get("r", R)
+    r, made, state = inner.get("r", outer), torch.Generator().manual_seed(7), {}
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=made) * 0.3
@@ -56,7 +59,11 @@ def folder_of(
             if kind == "mixlora" and part == "mlp":
                 state[f"{prefix}.moe_gate.weight"] = random(E, tiny.HIDDEN)
             for name, layer in getattr(block, part).named_children():
-                if name not in targets or (part == "self_attn" and kind == "loramoe"):
+                if name not in targets:
+                    continue
+                if part == "self_attn" and kind != "mola":
+                    state[f"{prefix}.{name}.lora_A.weight"] = random(outer, layer.in_features)
+                    state[f"{prefix}.{name}.lora_B.weight"] = random(layer.out_features, outer)
                     continue
                 if kind != "mixlora":
                     state[f"{prefix}.{name}.moe_gate.weight"] = random(E, layer.in_features)
@@ -80,8 +87,10 @@ def oracle(path: Path, kind: str, base: Any) -> Tensor:
     """Logits of the formulas, token by token and expert by expert."""
     settings = json.loads((path / "adapter_config.json").read_text())
     state = load_file(path / "adapter_model.safetensors")
-    own = {**settings, **settings.get("expert_lora", {})}
-    scale = own["lora_alpha"] / (own["r"] ** 0.5 if own.get("use_rslora") else own["r"])
+    scale, beside = (
+        own["lora_alpha"] / (own["r"] ** 0.5 if own.get("use_rslora") else own["r"])
+        for own in ({**settings, **settings.get("expert_lora", {})}, settings)
+    )
     k = settings.get("top_k", E)
 
     def gates(weight: Tensor, x: Tensor) -> dict[int, Tensor]:
@@ -127,6 +136,13 @@ def oracle(path: Path, kind: str, base: Any) -> Tensor:
 
         return compute
 
+    def always(prefix: str) -> Any:
+        def compute(layer: nn.Linear, x: Tensor) -> Tensor:
+            A, B = (state[f"{prefix}.lora_{half}.weight"] for half in "AB")
+            return nn.functional.linear(x, layer.weight, layer.bias) + beside * (B @ (A @ x))
+
+        return compute
+
     for index, layers in enumerate(base.model.layers):
         for part in ("mlp", "self_attn"):
             module, prefix = getattr(layers, part), f"{kind}.layers.{index}.{part}"
@@ -135,6 +151,8 @@ def oracle(path: Path, kind: str, base: Any) -> Tensor:
             for name, layer in module.named_children():
                 if f"{prefix}.{name}.moe_gate.weight" in state:
                     layer.forward = MethodType(each_token(single(f"{prefix}.{name}")), layer)
+                elif f"{prefix}.{name}.lora_A.weight" in state:
+                    layer.forward = MethodType(each_token(always(f"{prefix}.{name}")), layer)
     return logits(base)
 
 
@@ -154,6 +172,11 @@ def logits(model: Any) -> Tensor:
         ("mola", "llama", {"targets": ["q_proj", "v_proj", "down_proj"]}),
         ("mola", "phi", {"targets": ["q_proj", "dense", "fc1"], "top_k": 1}),
         ("loramoe", "llama", {"targets": FFN}),
+        ("mixlora", "llama", {"targets": TEMPLATE}),
+        ("mixlora", "phi", {"targets": ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"]}),
+        ("mixlora", "llama", {"targets": TEMPLATE, "use_rslora": True, "expert_lora": {"r": 3, "use_rslora": False}}),
+        ("mixlora", "llama", {"targets": ["v_proj", *FFN], "r": 4, "expert_lora": {"r": 1, "lora_alpha": 7}}),
+        ("loramoe", "llama", {"targets": ["q_proj", "o_proj", "down_proj"]}),
     ],
 )
 def test_equals_the_formulas(tmp_path: Path, kind: str, base: str, options: dict[str, Any]) -> None:
@@ -173,6 +196,7 @@ def test_settings_of_training_are_kept(tmp_path: Path) -> None:
         "name": "mixlora",
         "top_k": 2,
         "jitter": 0.1,
+        "attention": "refuse",
     }
     assert config.experts.train == "all" and config.experts.lora_dropout == 0.05
     quiet = folder_of(tmp_path / "y", router_aux_loss_coef=0.02, router_loss=False)
@@ -184,8 +208,28 @@ def test_targets_may_be_switches(tmp_path: Path) -> None:
     assert len(import_mixture(tiny.llama(), folder, verbose=False).moelora.sites) == 6
 
 
-def test_it_trains_on(tmp_path: Path) -> None:
-    model = import_mixture(tiny.llama(), folder_of(tmp_path / "x", router_aux_loss_coef=0.01), verbose=False).train()
+def test_loras_of_attention_keep_their_rank_and_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = {"r": 1, "lora_alpha": 7, "lora_dropout": 0.2}
+    folder = folder_of(tmp_path / "x", targets=TEMPLATE, r=4, expert_lora=own)
+    model = import_mixture(tiny.llama(), folder)
+    assert "attention had dropout 0.05; trained on, they have the experts', 0.2" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert model.moelora.config.experts.r == 4 and model.moelora.config.router["attention"] == "lora"
+    state = load_file(folder / "adapter_model.safetensors")
+    layer, halves = model.model.layers[1].self_attn.o_proj, "mixlora.layers.1.self_attn.o_proj.lora_"
+    assert torch.equal(layer.experts.lora_A, state[f"{halves}A.weight"])
+    assert torch.equal(layer.experts.lora_B, state[f"{halves}B.weight"])
+    assert layer.experts.ranks == [4] and (layer.experts.scale == ALPHA / 4).all()
+    assert model.model.layers[1].mlp.up_proj.experts.ranks == [1] * E
+    alone = folder_of(tmp_path / "y", r=4, expert_lora=own)
+    assert import_mixture(tiny.llama(), alone, verbose=False).moelora.config.experts.r == 1
+
+
+@pytest.mark.parametrize("targets", [FFN, TEMPLATE])
+def test_it_trains_on(targets: list[str], tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "x", targets=targets, router_aux_loss_coef=0.01)
+    model = import_mixture(tiny.llama(), folder, verbose=False).train()
     model(**tiny.batch()).loss.backward()
     assert all(bool(gradient.any()) for gradient in tiny.gradients(model).values())
 
@@ -224,6 +268,10 @@ def refused(folder: Path, base: Any = None) -> str:
         ({"jitter_noise": -1}, "jitter_noise: found -1"),
         ({"target_modules": ["gate_proj"]}, "expert 0 of 'model.layers.0.mlp.down_proj': found tensors, expected none"),
         ({"target_modules": "mlp"}, "target_modules: found 'mlp', expected a list of names"),
+        (
+            {"target_modules": [*FFN, "q_proj"]},
+            "LoRA of 'model.layers.0.self_attn.q_proj': found nothing, expected its",
+        ),
         ({"noise_sigma": 0.5}, "noise_sigma: found 0.5, .* does not know this setting"),
     ],
 )
@@ -251,11 +299,33 @@ HALF = "mixlora.layers.1.mlp.up_proj.experts.2.lora_A.weight"
         (GATE.replace("1", "7"), torch.zeros(3, 32), r"layers\.7\.mlp\.moe_gate\.weight: found such a name"),
         ("mixlora.layers.0.mlp.up_proj.moe_gate.weight", torch.zeros(3, 32), "found such a name"),
         ("classifier", torch.zeros(2, 32), "classifier: found the head of a classifier"),
-        (BESIDE, torch.zeros(2, 32), "found a LoRA beside the experts, .* always on"),
+        (BESIDE, torch.zeros(2, 32), "LoRA of 'model.layers.0.self_attn.q_proj': found tensors, expected none"),
+        ("mixlora.layers.0.mlp.up_proj.lora_A.weight", torch.zeros(2, 32), "found such a name"),
+        ("moe_gate.weight", torch.zeros(3, 32), "moe_gate.weight: found such a name"),
+        ("q_proj.lora_A.weight", torch.zeros(2, 32), "q_proj.lora_A.weight: found such a name"),
     ],
 )  # fmt: skip
 def test_tensors_are_refused_by_name(tmp_path: Path, key: str, value: Tensor | None, message: str) -> None:
     folder = folder_of(tmp_path / "x")
+    state = {name: tensor for name, tensor in load_file(folder / "adapter_model.safetensors").items() if name != key}
+    save_file({**state, **({} if value is None else {key: value})}, folder / "adapter_model.safetensors")
+    assert re.search(message, refused(folder))
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "message"),
+    [
+        ("mixlora", BESIDE, None, "q_proj.lora_B.weight: found no lora_A beside it, expected both halves"),
+        ("loramoe", BESIDE, torch.zeros(3, 32), r"found shape \[3, 32\], expected rank 2 by adapter_config.json"),
+        ("mixlora", BESIDE, torch.zeros(2, 31), "made for a 'model.layers.0.self_attn.q_proj' of 31 -> 32 features"),
+        ("mixlora", BESIDE, torch.full((2, 32), torch.nan), r"lora_A\.weight: found NaN or infinite values"),
+        ("mola", BESIDE, torch.zeros(2, 32), r"q_proj\.lora_A\.weight: found such a name"),
+    ],
+)
+def test_loras_of_attention_are_refused_by_name(
+    kind: str, key: str, value: Tensor | None, message: str, tmp_path: Path
+) -> None:
+    folder, key = folder_of(tmp_path / "x", kind, targets=TEMPLATE), key.replace("mixlora", kind)
     state = {name: tensor for name, tensor in load_file(folder / "adapter_model.safetensors").items() if name != key}
     save_file({**state, **({} if value is None else {key: value})}, folder / "adapter_model.safetensors")
     assert re.search(message, refused(folder))

@@ -24,7 +24,7 @@ from moelora.core.errors import AdapterError, ConfigError
 from moelora.model.record import routed_layers
 from moelora.tools.mixtures import import_mixture
 from tests import tiny
-from tests.model.test_peft_experts import peft_folder
+from tests.adapters import peft_folder
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{text}.*:UserWarning") for text in ("enable_softmax", "PEFT lost")]
 EXPERTS: list[dict[str, Any]] = [
@@ -47,9 +47,9 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return sources(tmp_path_factory.mktemp("sources"))
 
 
-def theirs(experts: list[Path], **options: Any) -> Any:
+def theirs(experts: list[Path], dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """PEFT's X-LoRA model with a head that matters."""
-    base = tiny.llama()
+    base = tiny.llama(dtype=dtype)
     base.config.use_cache = False
     made = {"xlora_size": 6, "xlora_dropout_p": 0.0, "task_type": "CAUSAL_LM", "hidden_size": tiny.HIDDEN, **options}
     torch.manual_seed(3)
@@ -78,8 +78,9 @@ def logits(model: Any) -> Tensor:
 
 
 def assert_equal(mine: Any, peft: Any) -> None:
-    """Logits, and the scalings of every layer before the choice of the largest."""
-    torch.testing.assert_close(logits(mine.eval()), logits(peft), rtol=5e-6, atol=5e-6)
+    """Logits, to 5e-6 of the largest, and the scalings of every layer before the choice of the largest."""
+    expected = logits(peft)
+    assert (logits(mine.eval()) - expected).abs().max() <= 5e-6 * expected.abs().max()
     scalings = peft.base_model.internal_xlora_scalings.flatten(0, 1)
     for site, route in enumerate(tiny.routes(mine, **tiny.unlabelled(tiny.batch()))):
         found = route.probs if mine.moelora.config.router["enable_softmax"] else route.logits
@@ -259,6 +260,14 @@ def test_a_lost_router_is_diagnosed(
     adapter = {"router": "meteora", "target_modules": ["q_proj", "v_proj", "down_proj"]}
     own = {"num_experts": len(experts), "r": 4, "adapters": [str(folder / str(i)) for i in range(len(experts))]}
     assert routed_layers(tiny.adapt(tiny.llama(), {**adapter, "experts": own}))  # the message tells the truth
+
+
+def test_experts_beside_a_base_in_half_precision_are_its_own(tmp_path: Path, experts: list[Path]) -> None:
+    peft = theirs(experts, dtype=torch.bfloat16)
+    peft.save_pretrained(tmp_path / "x")
+    model = import_mixture(tiny.llama(), tmp_path / "x", experts, verbose=False)
+    head = peft.base_model.internal_xlora_classifier.layers[0]
+    assert torch.equal(routed_layers(model)[0].router.head[0].weight, head.weight.float())
 
 
 def test_other_experts_than_its_own_are_refused(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from moelora.core.errors import AdapterError
 from moelora.io.peft import read_peft
 from moelora.tools.mixtures import import_mixture
 from tests import tiny
-from tests.model.test_peft_experts import peft_folder
+from tests.adapters import peft_folder
 
 NAMES = ["math", "law", "code"]
 EXPERTS: list[dict[str, Any]] = [
