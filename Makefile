@@ -6,13 +6,16 @@ PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c co
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint bench clean
+.PHONY: help quickstart hub-adapters test lint bench clean
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
 quickstart: .venv/.installed  ## Train, evaluate and save small mixtures on the CPU; ROUTER=comol, QUICKSTART_ARGS="--steps 20"
 	.venv/bin/python recipes/quickstart.py --out out/quickstart $(if $(ROUTER),--router $(ROUTER)) $(QUICKSTART_ARGS)
+
+hub-adapters: .venv/.installed  ## Train eight unlike PEFT adapters in out/hub_adapters, for the recipes hub_experts_*
+	.venv/bin/python -m moelora.recipes.hub_adapters --out out/hub_adapters
 
 test: .venv/.installed  ## Run the tests; PYTEST_ARGS="tests/routers -k meteora"
 	.venv/bin/python -m pytest $(PYTEST_ARGS)

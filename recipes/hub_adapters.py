@@ -29,10 +29,10 @@ MLP = ["gate_proj", "up_proj", "down_proj"]
 ADAPTERS: dict[str, dict[str, Any]] = {
     "reverse": {"r": 8, "lora_alpha": 16, "target_modules": ATTENTION},
     "sort": {"r": 24, "lora_alpha": 12, "target_modules": "all-linear", "use_rslora": True},
-    "shift": {"r": 16, "lora_alpha": 24, "target_modules": MLP},
+    "shift": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
     "rotate": {"r": 12, "lora_alpha": 24, "target_modules": ATTENTION, "use_dora": True},
     "count": {"r": 2, "lora_alpha": 8, "target_modules": QUERY_VALUE},
-    "sum": {"r": 64, "lora_alpha": 64, "target_modules": "all-linear"},
+    "sum": {"r": 64, "lora_alpha": 64, "target_modules": MLP},
     "largest": {"r": 4, "lora_alpha": 8, "target_modules": QUERY_VALUE, "use_rslora": True},
     "format": {
         **{"r": 6, "lora_alpha": 12, "target_modules": "all-linear"},
@@ -48,7 +48,9 @@ def train_adapter(task: Task, folder: Path, steps: int, show: bool = True) -> No
     try:
         from peft import LoraConfig
     except ImportError:
-        raise SystemExit("these adapters are trained by PEFT, which is not installed: pip install 'peft>=0.18'") from None
+        raise SystemExit(
+            "these adapters are trained by PEFT, which is not installed: pip install 'peft>=0.18'"
+        ) from None
     unfinished = folder.with_name(f".{folder.name}")
     training = {
         "output_dir": str(unfinished),

@@ -184,6 +184,7 @@ def _asked(entry: str, repo: str, call: Callable[[], Answer]) -> Answer:
         what = f"check the connection and the disk; what is in the cache loads by its commit:{commits or ' nothing is'}"
         if getattr(getattr(cause, "response", None), "status_code", 0) in (401, 403):
             what = "log in with `hf auth login`, by a token that may read it"
+        found = f"{found}, and no such folder ({os.path.abspath(entry)})"
         fail(entry, "download", found, f"an answer from {constants.ENDPOINT}", what)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ import regex
 
 from moelora.io.files import fail, short
 
-MAX_PATTERN, MAX_RULES, MAX_MATCHES = 256, 256, 1_000_000  # characters; expressions; patterns times modules
+MAX_PATTERN, MAX_RULES, MAX_MATCHES = 256, 64, 1_000_000  # characters; expressions; patterns times modules
 MAX_UNROLLED = 2048  # characters, times all {counts} of an expression: the engine writes repetitions out
-SECONDS = 0.3  # of the processor, for all patterns of one adapter
+SECONDS = 0.3  # of the processor, to match all expressions; to compile one of such length takes 3 ms
+MAX_LETTERS = 10_000_000  # of names, compared with module paths
 COUNTS = re.compile(r"\{(\d{0,3})(?:,(\d{0,3}))?\}")
 FOREIGN = re.compile(r"[^ -~]|\[\[|\[:|--|&&|~~|\|\||\\[1-9NuUx]|\(\?(?:P[=>]|\()")
 """What the two engines may read differently: other than ASCII, sets of sets, references to groups."""
@@ -24,23 +24,17 @@ NAMED = re.compile(r"(\^|\.\*)?((?:[A-Za-z0-9_-]|\\?\.)+)\$?")
 
 
 class Budget:
-    """The processor time that all patterns of one adapter may take together, to be compiled and to be matched."""
+    """The work that all patterns of one adapter may cause together."""
 
     def __init__(self, path: Path, seconds: float = SECONDS) -> None:
-        self.path, self.left, self.started, self.rules = path, seconds, 0.0, 0
+        self.path, self.left, self.rules, self.letters = path, seconds, 0, 0
 
     def pattern(self, key: str, pattern: str) -> Callable[[str], bool]:
         """Whether a module path matches ``pattern`` as a whole, in Python's syntax. Raises AdapterError.
 
         The function raises AdapterError once the time is spent.
         """
-        rule, what = self._rule(key, pattern), f"the pattern {short(pattern)}, which takes too long"
-
-        def matches(module: str) -> bool:
-            with self._spend(key, what):
-                return rule(module)
-
-        return matches
+        return self._rule(key, pattern)
 
     def lookup(self, key: str, patterns: dict[str, Any], default: Any, modules: int) -> Callable[[str], Any]:
         """A function from one of so many module paths to its value: that of the first pattern that matches its end.
@@ -50,17 +44,10 @@ class Budget:
         """
         if len(patterns) * max(modules, 50) > MAX_MATCHES:
             fail(self.path, key, f"{len(patterns)} patterns for {modules} modules", "fewer", "merge the patterns")
-        if not patterns:
-            return lambda module: default
-        what = f"{len(patterns)} patterns, which take too long"
         table = [(*self._ending(key, pattern), value) for pattern, value in patterns.items()]
-
-        def first(module: str) -> Any:
-            with self._spend(key, what):
-                matching = (value for end, rule, value in table if module.endswith(end) and rule(module))
-                return next(matching, default)
-
-        return first
+        return lambda module: next(
+            (value for end, rule, value in table if module.endswith(end) and rule(module)), default
+        )
 
     def _ending(self, key: str, pattern: str) -> tuple[str, Callable[[str], bool]]:
         """(what a module path that matches ends with, whether one that does so matches)."""
@@ -71,20 +58,23 @@ class Budget:
         literal = re.split(r"\\?\.", found[2])[-1]
         wild = [place for place, letter in enumerate(found[2].replace("\\.", "!")) if letter == "."]
 
-        def rule(module: str) -> bool:
+        def matches(module: str) -> bool:
             start = len(module) - len(name)
             border = start == 0 or anchor == ".*" or (anchor is None and module[start - 1 : start] == ".")
             if start < 0 or not border:
                 return False
+            self.letters += len(name)
+            if self.letters > MAX_LETTERS:
+                fail(self.path, key, "patterns that take too long", "fewer or shorter ones", "merge the patterns")
             end = list(module[start:])
             for place in wild:
                 end[place] = "."
             return end == list(name)
 
-        return literal, rule
+        return literal, matches
 
     def _rule(self, key: str, pattern: str, around: str = "{}") -> Callable[[str], bool]:
-        """Whether a module path matches a pattern within ``around``; asked within ``_spend``, False when time is up."""
+        """Whether a module path matches a pattern within ``around``."""
         text = short(pattern)
         if len(pattern) > MAX_PATTERN:
             fail(self.path, key, f"a pattern of {len(pattern)} characters", f"at most {MAX_PATTERN}", SIMPLER)
@@ -100,26 +90,19 @@ class Budget:
             fail(self.path, key, f"the pattern {text}", "few and small {counts}", SIMPLER)
         try:
             re.compile(pattern)  # refuses what is the other module's own syntax
-            with self._spend(key, f"the pattern {text}, which takes too long"):
-                rule = regex.compile(around.format(pattern), regex.VERSION0, cache_pattern=False)
+            rule = regex.compile(around.format(pattern), regex.VERSION0, cache_pattern=False)
         except (re.error, regex.error, RecursionError, OverflowError) as error:
             fail(self.path, key, f"the pattern {text}", f"a regular expression ({short(str(error))})", SIMPLER)
 
         def matches(module: str) -> bool:
-            left = self.left - (time.thread_time() - self.started)
+            begun, found = time.thread_time(), False
             try:
-                return left > 0 and rule.fullmatch(module, timeout=max(left, 1e-3)) is not None
+                found = self.left > 0 and rule.fullmatch(module, timeout=max(self.left, 1e-3)) is not None
+                self.left -= time.thread_time() - begun
             except (TimeoutError, MemoryError):
                 self.left = 0.0
-                return False
+            if self.left <= 0:
+                fail(self.path, key, f"the pattern {text}, which takes too long", "a simple one", SIMPLER)
+            return found
 
         return matches
-
-    @contextmanager
-    def _spend(self, key: str, what: str) -> Iterator[None]:
-        """Take the time of a block from the budget. Raises AdapterError where it is spent."""
-        self.started = time.thread_time()
-        yield
-        self.left -= time.thread_time() - self.started
-        if self.left <= 0:
-            fail(self.path, key, what, "simple patterns", SIMPLER)

@@ -13,7 +13,8 @@ scaled by U(1 - jitter, 1 + jitter). The authors add ``losses: {balance: 0.001}`
 the mean over layers.
 
 attention: ``lora`` gives targets in attention one LoRA each, of rank r and always on, as the authors do; they have no
-gates and no terms, and are saved with expert 0. ``refuse``: targets are blocks alone. Others are refused either way.
+gates and no terms, are saved with expert 0, and of several adapters only the first may bring them. ``refuse``: targets
+are blocks alone. Others are refused either way.
 
 Differences from the released code: experts' dropout is off in evaluation (there it stays on); frozen products are not
 repeated, also in the last projection.

@@ -86,7 +86,9 @@ def unit_loads(routing: Mapping[str, Any], shown: int = 4) -> bytes:
     names = list(sites)
     quarters = [list(part) for part in np.array_split(np.array(names), min(shown, len(names)))]
     chosen = [max(part, key=lambda name: sites[name]["specialisation"]) for part in quarters]
-    figure = Figure(figsize=(9.6, 0.3 * len(tasks) + 1.5 + 0.07 * max(map(len, experts), default=0)), layout="constrained")
+    figure = Figure(
+        figsize=(9.6, 0.3 * len(tasks) + 1.5 + 0.07 * max(map(len, experts), default=0)), layout="constrained"
+    )
     every = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
     for axes, name in zip(every, chosen, strict=True):
         load = np.array(sites[name]["load"])

@@ -239,8 +239,8 @@ def large(folder: Path) -> Iterator[tuple[str, str]]:
         yield f"a configuration of {text[:20]!r}", "peft_type"
     names, data = honest([f"{'a' * 240}.{i}x.{half}" for i in range(500) for half in HALVES], thin)
     for patterns in (
-        objects(250, lambda i: f'"(a|a)*[b{i}]":4'),
-        objects(250, lambda i: f'"(a|a){{14}}[b{i}]":4'),
+        objects(60, lambda i: f'"(a|a)*[b{i}]":4'),
+        objects(60, lambda i: f'"(a|a){{14}}[b{i}]":4'),
         objects(90_000, lambda i: f'"{i:x}":4'),
         objects(4000, lambda i: f'"[ab]{i}":4'),
     ):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import gc
 import re
 import threading
 import time
@@ -20,6 +20,7 @@ from regex import _main
 from moelora.core.errors import AdapterError
 from moelora.io import patterns as io
 from moelora.io.patterns import Budget
+from tests.io.written import peak, reset_peak
 
 HERE = Path("adapter_config.json")
 LIMIT = 0.3 + 0.4  # the budget, and what one step may take beyond it
@@ -103,7 +104,7 @@ EXPRESSION = st.recursive(
 MODULE = st.from_regex(r"[ab_0]{1,3}(\.[ab_0]{1,3}){0,3}", fullmatch=True)
 
 
-@settings(max_examples=400)
+@settings(max_examples=300)
 @given(EXPRESSION, MODULE)
 def test_the_engine_agrees_with_pythons_own(pattern: str, module: str) -> None:
     assume(pattern.count("(") < 6)  # Python's may hang
@@ -122,7 +123,7 @@ NAMES = st.tuples(
 )
 
 
-@settings(max_examples=600)
+@settings(max_examples=400)
 @given(st.lists(NAMES, max_size=4), MODULE)
 def test_names_match_as_in_peft(names: list[tuple[str, str, str]], module: str) -> None:
     table = {before + name.replace("\\", "\\.") + end: place for place, (before, name, end) in enumerate(names)}
@@ -188,29 +189,17 @@ def test_expressions_that_backtrack_for_ever(pattern: str) -> None:
     matches = budget.pattern("target_modules", pattern)
     assert "takes too long" in refused(lambda: matches(module))
     refused(lambda: matches("b"))  # nothing is left
-    refused(lambda: budget.pattern("target_modules", "a+"))
+    refused(lambda: budget.pattern("target_modules", "a+")("a"))
     assert peak() - before < 32 << 20
 
 
-def reset_peak() -> int:
-    """Forget the peak so far; what the process holds now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak()
-
-
-def peak() -> int:
-    """The most bytes that the process has held since then."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) << 10
-
-
 def test_many_expressions_that_each_stay_below_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = {f"(a|a){{11}}[b{place}]": place for place in range(200)}
+    slow = {f"(a|a){{13}}[b{place}]": place for place in range(60)}
     budget = Budget(HERE)
     find = budget.lookup("rank_pattern", slow, None, 400)
-    assert find("a" * 12) is None  # one by one they are harmless
-    text = refused(lambda: [find("a" * 12) for _ in range(400)])
-    assert "rank_pattern: found 200 patterns, which take too long" in text
+    assert find("a" * 14) is None  # one by one they are harmless
+    text = refused(lambda: [find("a" * 14) for _ in range(400)])
+    assert "rank_pattern: found the pattern" in text and "takes too long" in text
     budget = Budget(HERE)
     rules = [budget.pattern("target_modules", f"(a|a){{15}}[b{place}]") for place in range(20)]
     refused(lambda: [matches("a" * 16) for matches in rules * 20])
@@ -220,15 +209,15 @@ def test_the_budget_is_one_for_all_keys() -> None:
     budget = Budget(HERE)
     find = budget.lookup("rank_pattern", {"(a|a)*[bc]": 1}, None, 1)
     refused(lambda: find("a" * 400))
-    refused(lambda: budget.lookup("alpha_pattern", {"q": 1}, None, 1))
+    refused(lambda: budget.lookup("alpha_pattern", {"[q]": 1}, None, 1)("q"))
 
 
 def test_the_number_of_expressions_and_names_is_bounded() -> None:
-    refused(lambda: Budget(HERE).lookup("rank_pattern", {f"[a]{i}": 1 for i in range(257)}, None, 1))
+    refused(lambda: Budget(HERE).lookup("rank_pattern", {f"[a]{i}": 1 for i in range(io.MAX_RULES + 1)}, None, 1))
     budget = Budget(HERE, 60)
     for count in range(io.MAX_RULES):
         budget.pattern("target_modules", f"[a]{count}")
-    assert "more than 256" in refused(lambda: budget.pattern("target_modules", "a+"))
+    assert f"more than {io.MAX_RULES}" in refused(lambda: budget.pattern("target_modules", "a+"))
     assert "20001 patterns" in refused(lambda: Budget(HERE).lookup("k", {f"a{i}": 1 for i in range(20_001)}, None, 1))
     assert "101 patterns" in refused(lambda: Budget(HERE).lookup("k", {f"a{i}": 1 for i in range(101)}, None, 10_000))
 
@@ -251,10 +240,10 @@ def test_thousands_of_names_cost_little() -> None:
 
 
 def test_names_that_cost_much_are_stopped_as_well() -> None:
+    """Names that end with a dot, which is any character, are compared with every module, letter by letter."""
     table = {"a" * 240 + f"{place:05}.": place for place in range(4000)}
-    budget = Budget(HERE, 0.1)
-    find = budget.lookup("rank_pattern", table, None, 250)
-    refused(lambda: [find("a" * 500 + str(place)) for place in range(250)])
+    find = Budget(HERE).lookup("rank_pattern", table, None, 250)
+    refused(lambda: [find("b." + "a" * 240 + "99999.") for _ in range(250)])
 
 
 def test_expressions_are_kept_by_no_cache() -> None:
@@ -264,20 +253,35 @@ def test_expressions_are_kept_by_no_cache() -> None:
     assert len(_main._cache) == before
 
 
-def test_compiling_holds_little_memory() -> None:
-    """Though the engine writes repetitions out: some megabytes for one pattern of 256 characters if it may."""
-    for pattern in ("(?:" + "(a|b)?" * 36 + "){8}", "(?:" + "(a)*" * 50 + "){8}", "(?:" + "a?" * 100 + "){8}"):
-        budget, before = Budget(HERE), reset_peak()
-        kept = []
-        with contextlib.suppress(AdapterError):
-            for place in range(1000):
-                kept.append(budget.pattern("k", f"{pattern}{place}"))
-        assert 50 < len(kept) <= 256
-        assert peak() - before < 128 << 20
+NESTED = [
+    "(?:" + "(a|b)?" * 36 + "){8}",
+    "(?:" + "(a)*" * 50 + "){8}",
+    "(?:" + "a?" * 100 + "){8}",
+    "(a|" * 63 + ")" * 63,
+]
+NESTED += [
+    "((?:" + "(a*|b)?" * 30 + "){3}){2}",
+    "(?:" * 40 + "a" + ")*" * 30 + ")" * 10,
+    "[a-z]*" * 40,
+    "(?=" * 60 + ")" * 60,
+]
+
+
+@pytest.mark.parametrize("pattern", NESTED, ids=lambda pattern: pattern[:16])
+def test_compiling_takes_little_time_and_memory(pattern: str) -> None:
+    budget, before, begun = Budget(HERE), reset_peak(), time.process_time()
+    gc.disable()
+    try:
+        kept = [budget.pattern("k", f"{pattern}{place}") for place in range(io.MAX_RULES)]
+    finally:
+        gc.enable()
+    assert len(kept) == io.MAX_RULES
+    assert time.process_time() - begun < 0.6
+    assert peak() - before < 32 << 20
 
 
 def test_other_threads_do_not_spend_the_budget() -> None:
-    """What is counted is the time of the thread, so a busy machine refuses no honest adapter."""
+    """What is counted is the time of the engine in its thread, so a busy machine refuses no honest adapter."""
     stop = threading.Event()
     thread = threading.Thread(target=lambda: [sum(range(1000)) for _ in iter(stop.is_set, True)])
     thread.start()

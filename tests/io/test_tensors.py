@@ -172,6 +172,14 @@ def test_headers_that_are_none(tmp_path: Path, text: bytes, length: int | None) 
     refused(put(tmp_path, text, length=length))
 
 
+def test_headers_begin_at_once_and_end_in_the_file(tmp_path: Path) -> None:
+    text = json.dumps({"a": GOOD}).encode()
+    assert TensorFile(put(tmp_path, text + b"  ", 16), "f").entries
+    for space in (b" ", b"\n", b"\xef\xbb\xbf"):
+        refused(put(tmp_path, space + text, 16), "header")
+    refused(put(tmp_path, b"{}", length=3), "header: found 3 bytes in a file of 10")
+
+
 def test_files_too_short_and_too_long(tmp_path: Path) -> None:
     for content in (b"", b"\1\0", b"\2\0\0\0\0\0\0"):
         (tmp_path / "f").write_bytes(content)

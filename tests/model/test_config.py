@@ -10,7 +10,7 @@ import yaml
 
 from moelora.core.errors import ConfigError
 from moelora.core.methods import Methods
-from moelora.model.config import AdapterConfig, resolve
+from moelora.model.config import AdapterConfig, ExpertsConfig, resolve
 
 FULL = {
     "experts": {
@@ -22,6 +22,8 @@ FULL = {
         "use_rslora": True,
         "train": "all",
         "adapters": [],
+        "absent": "keep",
+        "modules_from": "agree",
     },
     "router": {"name": "meteora", "top_k": 1, "temperature": 2.0},
     "init": {"name": "kaiming"},
@@ -127,3 +129,17 @@ def test_a_misspelt_key_of_the_experts_offers_the_common_keys_too() -> None:
 def test_values_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         AdapterConfig().router = {}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("adapters", "labels"),
+    [
+        (["out/sql", "org/french@v2"], ["sql", "french"]),
+        (["org/all/sql@0123abc", "here/french/"], ["sql", "french"]),
+        (["one/lora", "two/lora"], []),
+        (["out/mixture"], []),
+        ([], []),
+    ],
+)
+def test_experts_are_called_by_their_adapters(adapters: list[str], labels: list[str]) -> None:
+    assert ExpertsConfig(num_experts=2, adapters=adapters).labels == labels

@@ -103,8 +103,8 @@ def test_experts_start_from_adapters_of_the_same_list(tmp_path: Path) -> None:
     model = tiny.adapt(base(), config)
     for one, two in zip(routed_layers(trained), routed_layers(model), strict=True):
         tiny.assert_same(dict(one.experts.named_parameters()), dict(two.experts.named_parameters()))
-    with pytest.raises(AdapterError, match=r"1 experts in .*num_experts is 3"):
-        tiny.adapt(base(), {**config, "experts": {**experts, "num_experts": 3}})
+    with pytest.raises(AdapterError, match=r"3 experts in .*num_experts is 1 at 'model\.layers\.2\.self_attn\.q_proj'"):
+        tiny.adapt(base(), {**config, "experts": {**experts, "num_experts": [3, 1]}})
 
 
 @pytest.mark.parametrize("experts", ["hydra", "merged", "core"])

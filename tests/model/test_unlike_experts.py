@@ -230,6 +230,17 @@ def test_absent_is_saved(absent: str, tmp_path: Path) -> None:
         assert (one.experts.present is None) == (two.experts.present is None) == (absent == "keep")
 
 
+def test_an_expert_with_nothing_but_a_bias_in_a_layer_has_it(tmp_path: Path) -> None:
+    more = {"target_modules": ["q_proj"], "bias": "all"}
+    folders = [peft_folder(tmp_path / "a", "qwen", **more), peft_folder(tmp_path / "b", "qwen", seed=1)]
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model = mixture(folders, "qwen", router="softmax", target_modules=targets, experts={"absent": "redistribute"})
+    for layer, route in zip(routed_layers(model), tiny.routes(model, **tiny.batch()), strict=True):
+        name = layer.site.name.rpartition(".")[2]
+        expected = {"k_proj": [True, False], "o_proj": [False, True]}.get(name, [True, True])
+        assert route.dense().gt(0).all(0).tolist() == expected == route.dense().gt(0).any(0).tolist()
+
+
 def test_a_choice_of_experts_that_all_lack_the_layer_adds_nothing(tmp_path: Path) -> None:
     folders = [peft_folder(tmp_path / "a", target_modules=["v_proj"]), peft_folder(tmp_path / "b", seed=1)]
     more = {"target_modules": ["q_proj", "v_proj", "down_proj"], "experts": {"absent": "redistribute"}}

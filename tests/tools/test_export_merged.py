@@ -393,22 +393,25 @@ def test_a_base_from_the_hub_is_links_into_its_cache(tmp_path: Path, monkeypatch
 
 
 class Eighths(QuantizationConfigMixin):
-    """A toy quantisation: weights in int8, one scale for each layer."""
+    """A toy quantisation: weights in eight bits, one scale for each layer."""
 
     def __init__(self, **_: Any) -> None:
         self.quant_method = "eighths"
 
 
 class EighthsLinear(nn.Linear):
-    """x W^T, W = scale * int8."""
+    """x W^T, W = scale * (weight - 128)."""
 
     def __init__(self, wide: int, out: int) -> None:
         super().__init__(wide, out, bias=False)
-        self.weight = nn.Parameter(torch.zeros(out, wide, dtype=torch.int8), requires_grad=False)
+        self.weight = nn.Parameter(torch.zeros(out, wide, dtype=torch.uint8), requires_grad=False)
         self.register_buffer("scale", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ (self.weight.to(x) * self.scale).t()
+        return x @ self.whole().to(x).t()
+
+    def whole(self) -> Tensor:
+        return (self.weight.float() - 128) * self.scale
 
 
 class EighthsQuantizer(HfQuantizer):
@@ -425,7 +428,7 @@ class EighthsQuantizer(HfQuantizer):
             for name, child in list(parent.named_children()):
                 if isinstance(child, EighthsLinear):
                     plain = nn.Linear(child.in_features, child.out_features, bias=False, dtype=dtype)
-                    plain.weight.data = (child.weight * child.scale).to(dtype)
+                    plain.weight.data = child.whole().to(dtype)
                     setattr(parent, name, plain)
         return model
 
@@ -436,7 +439,7 @@ class EighthsQuantizer(HfQuantizer):
 
 
 def quantised(folder: Path, monkeypatch: Any) -> PreTrainedModel:
-    """A base model on disk whose q_proj are int8, loaded."""
+    """A base model on disk whose q_proj are eight bits wide, loaded."""
     monkeypatch.setitem(quantizers.AUTO_QUANTIZER_MAPPING, "eighths", EighthsQuantizer)
     monkeypatch.setitem(quantizers.AUTO_QUANTIZATION_CONFIG_MAPPING, "eighths", Eighths)
     saved(folder, "llama", size="1GB")
@@ -444,7 +447,7 @@ def quantised(folder: Path, monkeypatch: Any) -> PreTrainedModel:
     for name in [name for name in tensors if "q_proj" in name]:
         scale = tensors[name].abs().max() / 127
         tensors[name.replace("weight", "scale")] = scale
-        tensors[name] = (tensors[name] / scale).round().to(torch.int8)
+        tensors[name] = (tensors[name] / scale).round().add(128).to(torch.uint8)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "eighths"}}))
@@ -455,10 +458,10 @@ def quantised(folder: Path, monkeypatch: Any) -> PreTrainedModel:
 
 def test_a_quantised_base_is_dequantised_first_and_that_is_said(tmp_path: Path, monkeypatch: Any) -> None:
     base = quantised(tmp_path / "base", monkeypatch)
-    assert base.model.layers[0].self_attn.q_proj.weight.dtype == torch.int8
+    assert base.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
     model = tiny.shake(tiny.adapt(base, {**tiny.METHODS["static"], "target_modules": ["q_proj", "v_proj"]}))
     expected = logits(model, "llama")
-    with pytest.raises(MoeloraError, match="quantised"):
+    with pytest.raises(AdapterError, match=r"q_proj.weight' is quantised \(torch.uint8\); see --dequantize"):
         export_merged(model, tmp_path / "files", tmp_path / "base")
     with pytest.raises(ConfigError, match=r"q_proj' is a quantised EighthsLinear; call model.dequantize\(\) first"):
         merge(model)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from moelora.recipes import hub_adapters
 from torch import Tensor
 from transformers import set_seed
 
@@ -19,7 +20,6 @@ from moelora.data.prompts import as_trl
 from moelora.io.peft import read_peft
 from moelora.model.write import adapter_tensors
 from moelora.recipe import read_recipe, shipped_recipes
-from moelora.recipes import hub_adapters
 from moelora.train.run import build_trainer, eval_rows, load_base
 from tests import tiny
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,9 +24,9 @@ TASKS = {
 }
 
 
-def run(name: str, layers: list[str], favourite: bool = False) -> Any:
+def run(name: str, layers: list[str], favourite: bool = False, experts: Sequence[str] = ()) -> Any:
     """A run whose routers have four units, and send the two tasks to two of them, or everything to one."""
-    stats = RoutingStats(["a", "b"])
+    stats = RoutingStats(["a", "b"], list(experts))
     task = torch.tensor([0, 1] * 30)
     for number, layer in enumerate(layers):
         index = torch.zeros(60, 1).long() if favourite else task.unsqueeze(1)
@@ -77,6 +78,15 @@ def test_runs_and_layers_have_their_figures(tmp_path: Path) -> None:
     assert [row for row in rows if row[0].startswith("block.")] == [["block.0.q", *layer], ["block.1.q", *layer]]
     assert text.count("<details>") == 1  # folded away, one for each routed run
     assert "have collapsed" not in text
+
+
+def test_experts_with_names_have_a_table_of_who_serves_which_task(tmp_path: Path) -> None:
+    text, rows = page(tmp_path, run("mixed", ["q", "k"], experts=["one", "two", "three", "four"]))
+    at = rows.index(["task", "one", "two", "three", "four"])
+    assert rows[at + 1 : at + 3] == [["a", "100", "0", "0", "0"], ["b", "0", "100", "0", "0"]]
+    assert "Which adapters each task uses" in text
+    for unnamed in (run("mixed", ["q"]), run("ranks", ["q"], experts=["one"])):  # units that are not the experts
+        assert "Which adapters each task uses" not in page(tmp_path, unnamed)[0]
 
 
 def test_collapsed_layers_are_named(tmp_path: Path) -> None:

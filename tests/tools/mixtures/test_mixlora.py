@@ -303,6 +303,7 @@ HALF = "mixlora.layers.1.mlp.up_proj.experts.2.lora_A.weight"
         ("mixlora.layers.0.mlp.up_proj.lora_A.weight", torch.zeros(2, 32), "found such a name"),
         ("moe_gate.weight", torch.zeros(3, 32), "moe_gate.weight: found such a name"),
         ("q_proj.lora_A.weight", torch.zeros(2, 32), "q_proj.lora_A.weight: found such a name"),
+        ("up_proj.experts.0.lora_A.weight", torch.zeros(2, 32), "up_proj.experts.0.lora_A.weight: found such a name"),
     ],
 )  # fmt: skip
 def test_tensors_are_refused_by_name(tmp_path: Path, key: str, value: Tensor | None, message: str) -> None:
