@@ -1,6 +1,6 @@
 """Eight LoRA adapters such as a hub has, no two alike: each trained by PEFT on one of the built-in tasks.
 
-    python -m moelora.recipes.hub_adapters --out out/hub_adapters      # about three minutes on two cores
+    python -m moelora.recipes.hub_adapters --out out/hub_adapters      # about four minutes on one core
 
 The recipes hub_experts_* mix them. Ranks go from 2 to 64, there are four sets of target modules and two conventions of
 scale (alpha / r, and rsLoRA's alpha / sqrt(r)); one adapter is a DoRA, one has other ranks and alphas in some modules.
@@ -98,7 +98,7 @@ def main() -> None:
         print(f"[{number}/{len(tasks)}] {folder}{', there already' if there else ''}", flush=True)
         if not there:
             train_adapter(task, folder, args.steps)
-    print(f"{args.out} is complete; next: moelora train hub_experts_meteora")
+    print(f"{args.out} is complete; next: moelora train hub_experts_smear")
 
 
 if __name__ == "__main__":

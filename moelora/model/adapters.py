@@ -17,7 +17,7 @@ from moelora.core.errors import AdapterError
 from moelora.core.route import Route
 from moelora.experts.base import Experts
 from moelora.experts.core import joint_core_space
-from moelora.io.peft import LoRATensors
+from moelora.io.peft import LoRATensors, warn_if_untrained
 from moelora.model.config import AdapterConfig
 from moelora.model.layer import RoutedLinear
 from moelora.model.record import main_process
@@ -63,6 +63,8 @@ def fill_experts(
         raise AdapterError(f"experts.adapters: {twice} twice, and frozen experts that are the same have no use")
     for source in sources:
         check_fit(source, model, {path: layer.site for path, layer in layers.items()})
+        if source.base is None:
+            warn_if_untrained(source.adapter)
     _check_kind(next(iter(layers.values())).experts, layers, sources, config)
     errors: dict[str, float] = {}
     for path, layer in tqdm(layers.items(), "Reading experts", delay=2, leave=False, disable=not main_process()):
@@ -273,15 +275,17 @@ def full_modules(model: nn.Module, sources: Sequence[Source], config: AdapterCon
     found: dict[str, Tensor] = {}
     owners: dict[str, list[Source]] = {}
     chosen = [s for s in sources if choice == "agree" or choice in (s.entry, str(s.folder))]
+    here = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     for source in chosen:
-        for name in source.adapter.full:
-            value, base = source.adapter.read_full(name), _named(model, name)
-            if base is None or value.shape != base.shape:
+        for name, entry in source.adapter.full.items():
+            base = here.get(name)
+            if base is None or entry.shape != tuple(base.shape):
                 raise AdapterError(
-                    f"{source.folder}: it holds '{name}' {tuple(value.shape)}, which the model has "
+                    f"{source.folder}: it holds '{name}' {entry.shape}, which the model has "
                     f"{'not' if base is None else f'as {tuple(base.shape)}'}; load its own base model, and resize the "
                     "embeddings first if they were"
                 )
+            value = source.adapter.read_full(name)
             if base.device.type != "meta" and torch.equal(value, base.detach().cpu().to(value.dtype)):
                 continue
             if not any(name.startswith(f"{path}.") for path in saved):
@@ -305,7 +309,3 @@ def _disagree(name: str, one: Source, other: Source) -> str:
         f"experts.adapters: {one.folder} and {other.folder} disagree on '{name}', which is trained in full and "
         f"is there once for all experts; choose one of them (experts.modules_from: '{one.entry}'), or ignore"
     )
-
-
-def _named(model: nn.Module, name: str) -> Tensor | None:
-    return dict(model.named_parameters(remove_duplicate=False)).get(name, dict(model.named_buffers()).get(name))

@@ -20,7 +20,7 @@ from moelora.io.files import fail, sha256_of, short
 from moelora.io.folder import MANIFEST, BaseInfo, Manifest, Pin, read_manifest
 from moelora.io.hub import Located, locate
 from moelora.io.patterns import Budget
-from moelora.io.peft import CONFIG, WEIGHTS, LoRATensors, PeftAdapter, read_peft, warn_if_untrained
+from moelora.io.peft import CONFIG, WEIGHTS, LoRATensors, PeftAdapter, read_peft
 from moelora.model.config import AdapterConfig
 from moelora.model.layer import RoutedLinear
 from moelora.model.record import main_process
@@ -90,7 +90,6 @@ def open_sources(entries: Iterable[str | Path]) -> list[Source]:
         elif (at.folder / CONFIG).exists():
             pin = None if at.pin is None else _pin(at.pin, at.folder, at.root)
             found.append(Source(read_peft(at.folder, at.root), str(entry), at.pin, pin))
-            warn_if_untrained(found[-1].adapter)
         else:
             raise AdapterError(
                 f"{at.folder}: no adapter here; expected {MANIFEST} (written by moelora) or a PEFT LoRA's {CONFIG}"
@@ -245,7 +244,8 @@ def targets_of(modules: Mapping[str, nn.Module], adapter: PeftAdapter) -> set[st
 def _rule(budget: Budget, key: str, rule: str | list[str]) -> Callable[[str], bool]:
     if isinstance(rule, str):
         return budget.pattern(key, rule)
-    return lambda path: any(path == name or path.endswith(f".{name}") for name in rule)
+    names = set(rule)
+    return lambda path: any(path[start:] in names for start in [0, *(m.end() for m in re.finditer(r"\.", path))])
 
 
 def warn_of_other_bases(sources: list[Source], model: nn.Module, fingerprint: str | None) -> None:

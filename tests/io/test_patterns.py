@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import re
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -280,19 +280,11 @@ def test_compiling_takes_little_time_and_memory(pattern: str) -> None:
     assert peak() - before < 32 << 20
 
 
-def test_other_threads_do_not_spend_the_budget() -> None:
-    """What is counted is the time of the engine in its thread, so a busy machine refuses no honest adapter."""
-    stop = threading.Event()
-    thread = threading.Thread(target=lambda: [sum(range(1000)) for _ in iter(stop.is_set, True)])
-    thread.start()
-    try:
-        budget = Budget(HERE)
-        matches = budget.pattern("target_modules", r".*\.(q|v)_proj")
-        started = time.monotonic()
-        while time.monotonic() - started < 0.4:
-            assert matches("model.layers.0.self_attn.q_proj")
-            time.sleep(0.01)
-        assert budget.left > 0.2
-    finally:
-        stop.set()
-        thread.join()
+def test_a_busy_machine_refuses_no_honest_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is counted is the time of the thread on the processor, not that of other threads or on the wall."""
+    hours = itertools.count(0, 3600)
+    for clock in ("perf_counter", "monotonic", "time", "process_time"):
+        monkeypatch.setattr(time, clock, lambda: float(next(hours)))
+    budget = Budget(HERE)
+    matches = budget.pattern("target_modules", r".*\.(q|v)_proj")
+    assert all(matches("model.layers.0.self_attn.q_proj") for _ in range(20)) and budget.left > 0.2

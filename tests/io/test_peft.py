@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
+from moelora.core.errors import AdapterError
 from moelora.io import peft as io
 from moelora.io.peft import CONFIG, WEIGHTS, PeftAdapter, read_peft, warn_if_untrained
 from tests import tiny
@@ -50,7 +52,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "bias all": ("llama", {"bias": "all"}),
     "dora, bias all": ("llama", {"use_dora": True, "bias": "all"}),
     "modules_to_save": ("llama", {"modules_to_save": ["lm_head", "input_layernorm"]}),
-    "modules_to_save by the end of a word": ("llama", {"modules_to_save": ["head", "layers.1.mlp"]}),
+    "modules_to_save by the end of a word": ("llama", {"modules_to_save": ["head", "layernorm", "layers.1.mlp"]}),
     "all-linear": ("llama", {"target_modules": "all-linear"}),
     "targets by an expression": ("llama", {"target_modules": r".*layers\.[01]\.(self_attn\.[qk]|mlp\.up)_proj"}),
     "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
@@ -274,6 +276,20 @@ def test_copies_of_a_saved_module_count_for_nothing(tmp_path: Path) -> None:
 
 def test_a_module_is_trained_in_full_or_by_a_lora(tmp_path: Path) -> None:
     refused(by_hand(tmp_path, {**HALVES, "q.weight": torch.ones(5, 6)}, modules_to_save=["q"]), "q.weight", "LoRA too")
+
+
+def test_tensors_of_saved_modules_have_values(tmp_path: Path) -> None:
+    refused(by_hand(tmp_path, {**HALVES, "head.weight": torch.ones(0, 6)}, modules_to_save=["head"]), "ZeRO-3")
+
+
+def test_the_file_is_closed_after_an_error(copied: Path) -> None:
+    def opened() -> int:
+        return sum(os.path.realpath(f"/proc/self/fd/{fd}").endswith(WEIGHTS) for fd in os.listdir("/proc/self/fd"))
+
+    before = opened()
+    with pytest.raises(AdapterError, match="rank 5") as caught:
+        read_peft(edit(copied, r=5))
+    assert opened() == before and caught  # though the traceback still holds all that was read
 
 
 @pytest.mark.parametrize(
