@@ -181,7 +181,7 @@ def check_fit(source: Source, model: nn.Module, sites: Mapping[str, Site]) -> No
             beyond = [other for other, its in adapter.modules.items() if other not in sites and "A" in its.entries]
             raise AdapterError(
                 f"{folder}: it adapts '{path}' ({len(beyond)} such modules), which is not an adapted layer here; "
-                "add it to target_modules"
+                "add it to target_modules, unless it is no linear layer or the output head, which cannot have experts"
             )
         elif not _same(adapter.file.read(module.entries["base_bias"].name), bias_of(known[path])):
             raise AdapterError(

@@ -34,10 +34,11 @@ def subtract_general(model: nn.Module, general: Iterable[str | Path]) -> None:
     AdapterError unless all are plain LoRAs for the same layers, of one rank and scale, and MoeloraError for a model
     without experts; the model is then as it was.
     """
-    sources = open_sources(general)
-    if not sources:
+    folders = list(general)
+    if not folders:
         raise ConfigError("subtract_general: expected at least one folder with general experts, found none")
     adaptation(model)
+    sources = open_sources(folders)
     layers = {layer.site.name: layer for layer in routed_layers(model)}
     for source in sources:
         check_fit(source, model, {path: layer.site for path, layer in layers.items()})

@@ -83,9 +83,9 @@ def test_what_is_left_trains_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("own", "theirs", "message"),
     [
-        ({}, {"experts": {"r": 2}}, "rank 2 and scale 4, but the experts of the model have rank 4 and scale 2"),
-        ({}, {"experts": {"lora_alpha": 4}}, "rank 4 and scale 1, but"),
-        ({}, {"target_modules": ["q_proj"]}, "its experts are for other layers"),
+        ({}, {"experts": {"r": 2}}, "rank 2 and scale 4 at .*, but the experts of the model have rank 4 and scale 2"),
+        ({}, {"experts": {"lora_alpha": 4}}, "rank 4 and scale 1 at .*, but"),
+        ({}, {"target_modules": ["q_proj"]}, "rank 0 and scale 1 at 'model.layers.0.self_attn.v_proj', but"),
         ({}, {"experts": {"name": "hydra"}}, "its experts are not plain LoRAs"),
         ({"router": "softmax", "experts": {"name": "hydra", "num_experts": 4, "r": 4}}, {}, "has Hydra experts"),
     ],
@@ -115,5 +115,5 @@ def test_nothing_to_subtract_and_nothing_to_subtract_from(tmp_path: Path) -> Non
         subtract_general(tiny.adapted("llama", "arrow"), [])
     with pytest.raises(MoeloraError, match="has no experts"):
         subtract_general(tiny.llama(), [tmp_path])
-    with pytest.raises(AdapterError, match="nowhere: no adapter here; expected"):
+    with pytest.raises(AdapterError, match="nowhere"):
         subtract_general(tiny.adapted("llama", "arrow"), [tmp_path / "nowhere"])
