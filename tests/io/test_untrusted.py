@@ -73,7 +73,7 @@ def watched(folder: Path, seconds: float = SECONDS) -> Iterator[list[str]]:
         finally:
             patch.undo()
     assert time.process_time() - begun < seconds
-    assert len(os.listdir("/proc/self/fd")) == handles
+    assert len(os.listdir("/proc/self/fd")) <= handles  # others may have been collected meanwhile
     assert [path for path in opened if not Path(path).is_relative_to(os.path.realpath(folder))] == []
     assert [str(one.message) for one in said if not any(part in str(one.message) for part in WARNINGS)] == []
 

@@ -216,10 +216,18 @@ def test_another_number(folders: list[Path], count: int) -> None:
     assert "4 experts in" in message and f"num_experts is {count}" in message
 
 
-@pytest.mark.parametrize("targets", [["q_proj"], [*TARGETS, "up_proj"], ["k_proj", "o_proj", "up_proj"]])
+@pytest.mark.parametrize("targets", [["q_proj"], ["k_proj", "o_proj", "up_proj"]])
 def test_other_layers(folders: list[Path], targets: list[str]) -> None:
     message = refused(folders, target_modules=targets)
-    assert "its experts are for other layers" in message and "use the same target_modules" in message
+    assert "which is not an adapted layer here; add it to target_modules" in message
+
+
+def test_a_layer_that_the_experts_lack_gets_nothing(folders: list[Path]) -> None:
+    model = start(folders, target_modules=[*TARGETS, "up_proj"])
+    for layer in routed_layers(model):
+        lacks = layer.site.name.endswith("up_proj")
+        assert layer.experts.ranks == [0 if lacks else layer.experts.r] * layer.experts.num_experts
+        assert bool((layer.experts.lora_B == 0).all()) == lacks
 
 
 @pytest.mark.parametrize("method", ["comol", "hydra"])
@@ -275,7 +283,7 @@ def test_one_expert_of_a_folder_is_a_peft_lora(folders: list[Path]) -> None:
 
 
 def test_another_base_model_is_allowed_and_said(folders: list[Path]) -> None:
-    with pytest.warns(UserWarning, match="were trained beside other weights than this model's"):
+    with pytest.warns(UserWarning, match="made for other weights than this model's, of 'LlamaForCausalLM'"):
         start(folders, tiny.llama(seed=7))
 
 
