@@ -19,6 +19,7 @@ hub-adapters: .venv/.installed  ## Train eight unlike PEFT adapters in out/hub_a
 
 test: .venv/.installed  ## Run the tests; PYTEST_ARGS="tests/routers -k meteora"
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,TRITON_INTERPRET=1 .venv/bin/python -m pytest tests/triton_kernels)
 
 lint: .venv/.installed  ## Check style, formatting and types
 	.venv/bin/ruff check .
@@ -33,7 +34,7 @@ clean:  ## Remove build results, caches and out/quickstart; .venv and other resu
 	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and at its exact version, so that nothing else decides which build of it is fetched.
-.venv/.installed: setup.py pyproject.toml constraints.txt
+.venv/.installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	@test -x .venv/bin/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "moelora needs Python 3.10 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "Installing moelora and its tools into .venv; the first time takes some minutes."

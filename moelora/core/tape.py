@@ -131,6 +131,7 @@ class View:
 
     shape: the input's shape without features, T = its product. mask: [T] bool or None.
     task: [T] int64, -1 where unknown, or None. answers: [T] bool or None, see Tape. factors: the layer's experts.
+    image: the tokens as the experts see them, with what is known of them in rank space (``moelora.ops.project``).
     """
 
     tape: Tape
@@ -140,6 +141,7 @@ class View:
     task: Tensor | None
     answers: Tensor | None = None
     factors: Factors | None = None
+    image: Any = None
 
     @property
     def plan(self) -> Tensor:

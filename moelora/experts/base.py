@@ -16,9 +16,10 @@ from moelora.core.module import ExactBuffers
 from moelora.core.route import Route
 from moelora.core.tape import Site
 from moelora.ops import routed_lora
+from moelora.ops.project import Image
 
-Decide = Callable[[Factors, Tensor | None], Route]
-"""From the factors, and h = A x [T, R] if it was asked for, to the route of the tokens."""
+Decide = Callable[[Factors, Image], Route]
+"""From the factors, and the tokens with what is known of them in rank space, to the route."""
 
 
 class Experts(ExactBuffers, ABC):
@@ -57,22 +58,28 @@ class Experts(ExactBuffers, ABC):
         """The stacked factors; ``self.scale`` is the per-rank scale the layer has set."""
 
     def forward(
-        self, x: Tensor, decide: Decide, form: Literal["tokens", "rank_space", "each", "sum"] = "tokens"
+        self,
+        x: Tensor,
+        decide: Decide,
+        form: Literal["tokens", "each", "sum"] = "tokens",
+        onto: Tensor | None = None,
+        image: Image | None = None,
     ) -> Tensor:
         """The update [T, O] of tokens x [T, D], mixed as ``decide`` says.
 
-        form: ``"rank_space"``: decide reads h = A x, computed once for it and for the update. ``"each"``: the update of
-        every chosen expert apart, [T, k, O], without its gate. ``"sum"``: x [T, k, D] holds one row per chosen expert.
+        form: ``"each"``: the update of every chosen expert apart, [T, k, O], without its gate. ``"sum"``: x [T, k, D]
+        holds one row per chosen expert. onto: [T, O], what the update is added to, tokens only. image: what is known of
+        x already.
         """
-        factors = self.anchored_factors()
-        if form == "tokens":
-            return routed_lora.apply(x, factors, decide(factors, None))
-        if form != "rank_space":
+        factors, image = self.anchored_factors(), image or Image(x)
+        if form != "tokens":
             apply = routed_lora.apply_each if form == "each" else routed_lora.apply_sum
-            return apply(x, factors, decide(factors, None))
-        assert factors.A is not None
-        h = routed_lora.down(x, factors.A)
-        return routed_lora.apply(h, replace(factors, A=None), decide(factors, h))
+            return apply(x, factors, decide(factors, image))
+        if factors.A is not None and routed_lora.maps_first(x, factors):
+            image.beside(factors.A)
+        route = decide(factors, image)
+        h = image.known(factors.A)
+        return routed_lora.apply(x if h is None else h, factors if h is None else replace(factors, A=None), route, onto)
 
     def anchored_factors(self) -> Factors:
         """``factors()``, with the anchors that losses may read."""

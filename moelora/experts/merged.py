@@ -27,6 +27,7 @@ from moelora.core.errors import ConfigError
 from moelora.experts.base import Decide
 from moelora.experts.lora import LoRA
 from moelora.ops import routed_lora
+from moelora.ops.project import Image
 
 
 class Merged(LoRA):
@@ -35,19 +36,23 @@ class Merged(LoRA):
     """
 
     def forward(
-        self, x: Tensor, decide: Decide, form: Literal["tokens", "rank_space", "each", "sum"] = "tokens"
+        self,
+        x: Tensor,
+        decide: Decide,
+        form: Literal["tokens", "each", "sum"] = "tokens",
+        onto: Tensor | None = None,
+        image: Image | None = None,
     ) -> Tensor:
         """The update [T, O] of tokens x [T, D]; see ``Experts.forward``."""
-        if form in ("each", "sum"):
+        if form != "tokens":
             raise ConfigError(
                 f"experts.merged: the router of '{self.site.name}' asks for the output of every expert apart, and "
                 "merged experts have one between them; use experts: lora"
             )
-        factors = self.anchored_factors()
+        factors, image = self.anchored_factors(), image or Image(x)
         assert factors.A is not None
-        h = routed_lora.down(x, factors.A)
-        route = decide(factors, h if form == "rank_space" else None)
-        gate = route.dense()
-        z = (h.unflatten(1, (route.units, -1)) * gate.unsqueeze(-1)).sum(1)
-        update = routed_lora.apply(z.to(h.dtype), replace(factors, A=None), route)
-        return update.to(x.dtype)
+        h = image.under(factors.A)
+        route = decide(factors, image)
+        z = (h.unflatten(1, (route.units, -1)) * route.dense().unsqueeze(-1)).sum(1)
+        update = routed_lora.apply(z.to(h.dtype), replace(factors, A=None), route, onto)
+        return update.to(x.dtype) if onto is None else update

@@ -19,6 +19,7 @@ from moelora.core.factors import Factors
 from moelora.core.route import Route
 from moelora.core.tape import Site
 from moelora.model.layer import RoutedLinear
+from moelora.ops.project import Image
 
 FIRST = ("gate_proj", "up_proj", "c_fc", "fc1", "fc_in", "w1", "w3", "wi", "wi_0", "wi_1", "dense_h_to_4h")
 LAST = ("down_proj", "c_proj", "fc2", "fc_out", "w2", "wo", "dense_4h_to_h")
@@ -60,9 +61,9 @@ class FirstLinear(RoutedLinear):
         dropped = self.dropout(tokens)
         shared = view.tape.shared
 
-        def decide(factors: Factors, h: Tensor | None) -> Route:
+        def decide(factors: Factors, image: Image) -> Route:
             if self.site.parent not in shared:
-                shared[self.site.parent] = self._route(tokens, dropped, h, replace(view, factors=factors))
+                shared[self.site.parent] = self._route(tokens, image, replace(view, factors=factors))
             return shared[self.site.parent]
 
         update: Tensor = self.experts(dropped, decide, "each")

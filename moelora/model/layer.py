@@ -15,6 +15,7 @@ from moelora.core.route import Route
 from moelora.core.tape import Port, Site, Tape, View
 from moelora.experts.base import Experts
 from moelora.losses.base import Loss
+from moelora.ops.project import Image
 from moelora.routers.base import Router
 
 
@@ -54,7 +55,7 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
-        return y + self._exact(self._update, x, y).to(y.dtype) if self.port.enabled else y
+        return self._exact(self._updated, x, y) if self.port.enabled else y
 
     @staticmethod
     def _exact(compute: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:
@@ -65,24 +66,30 @@ class RoutedLinear(nn.Module):
         with torch.autocast(device, enabled=False):
             return compute(x.to(torch.get_autocast_dtype(device)), *more)
 
-    def _update(self, x: Tensor, y: Tensor) -> Tensor:
+    def _updated(self, x: Tensor, y: Tensor) -> Tensor:
+        """y and its update."""
         view = self._tape().view(self.site, x.shape[:-1])
-        tokens = x.reshape(-1, self.site.in_features)
+        tokens, flat = x.reshape(-1, self.site.in_features), y.reshape(-1, self.site.out_features)
         dropped = self.dropout(tokens)
         routes: list[Route] = []
 
-        def decide(factors: Factors, h: Tensor | None) -> Route:
-            routes.append(self._route(tokens, dropped, h, replace(view, factors=factors)))
+        def decide(factors: Factors, image: Image) -> Route:
+            routes.append(self._route(tokens, image, replace(view, factors=factors)))
             return routes[0]
 
-        update: Tensor = self.experts(dropped, decide, "rank_space" if self.router.reads == "h" else "tokens")
-        beside = self.experts.beside(routes[0], y.reshape(-1, self.site.out_features))
-        update = update if beside is None else update + beside.to(update.dtype)
-        return update.view(*x.shape[:-1], self.site.out_features)
+        updated: Tensor = self.experts(dropped, decide, onto=flat)
+        beside = self.experts.beside(routes[0], flat)
+        return (updated if beside is None else updated + beside).view(y.shape)
 
-    def _route(self, tokens: Tensor, dropped: Tensor, h: Tensor | None, view: View) -> Route:
-        seen = {"dropped": dropped, "h": h}.get(self.router.reads, tokens)
-        route: Route = self.experts.admit(self.router(seen, view))
+    def _route(self, tokens: Tensor, image: Image, view: View) -> Route:
+        """The route of tokens [T, D], from what the router reads of them; the experts see them as ``image``."""
+        seen = tokens
+        if self.router.reads == "dropped":
+            seen = image.x
+        elif self.router.reads == "h":
+            assert view.factors is not None and view.factors.A is not None
+            seen = image.under(view.factors.A)
+        route: Route = self.experts.admit(self.router(seen, replace(view, image=image)))
         if view.tape.with_terms:
             for name, loss in self.losses.items():
                 view.add(name, loss(route, view.only(loss.tokens)))

@@ -4,7 +4,7 @@ With x [T, D], A [R, D], B [O, C], gates g [T, G], scale [C]:
 
     h = x A^T                                                            [T, R]
     u = scale * mix(h; g)                                                [T, C]
-    delta = u B^T                                                        [T, O]
+    y = onto + u B^T                                                     [T, O]
 
 and mix is one of
 
@@ -29,6 +29,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the operator's matrix products."""
     half = x.dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if half and x.device.type == "cpu" else x.dtype
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of rank space: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def unit_count(B: Tensor, core: Tensor | None, width: int) -> int:
@@ -56,14 +61,17 @@ def forward(
     index: Tensor | None,
     core: Tensor | None,
     width: int,
+    onto: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(delta [T, O] in x's dtype, h [T, R] kept for backward, empty without A)."""
-    dtype = compute_dtype(x)
+    """(y [T, O]: the update in x's dtype, or on top of ``onto`` in its; h [T, R] for backward, empty without A)."""
+    dtype = compute_dtype(x if onto is None else onto)
     gate = dense_gates(weight, index, unit_count(B, core, width))
-    h = x.to(dtype) if A is None else x.to(dtype) @ A.to(dtype).t()
-    wide = torch.promote_types(dtype, torch.float32)
-    u = mix(h.to(wide), gate.to(wide), None if core is None else core.to(wide), B.shape[1]) * scale.to(wide)
-    return (u.to(dtype) @ B.to(dtype).t()).to(x.dtype), h.new_empty(0) if A is None else h
+    own = wide(dtype)
+    h = (x if A is None else x.to(dtype) @ A.to(dtype).t()).to(own)
+    u = mix(h, gate.to(own), None if core is None else core.to(own), B.shape[1]) * scale.to(own)
+    up = B.to(dtype).t()
+    y = u.to(dtype) @ up if onto is None else torch.addmm(onto.to(dtype), u.to(dtype), up)
+    return y.to(x.dtype if onto is None else onto.dtype), h.new_empty(0) if A is None else h
 
 
 def backward(
@@ -84,11 +92,11 @@ def backward(
     The gate's gradient is an inner product in rank space, so no expert's output is ever kept.
     """
     need_x, need_A, need_B, need_weight, need_core = need
-    dtype = compute_dtype(x)
-    wide = torch.promote_types(dtype, torch.float32)
-    gate = dense_gates(weight, index, unit_count(B, core, width)).to(wide)
-    dy, h, scale = dy.to(dtype), (x if A is None else h).to(wide), scale.to(wide)
-    wide_core = None if core is None else core.to(wide)
+    dtype = compute_dtype(dy)
+    own = wide(dtype)
+    gate = dense_gates(weight, index, unit_count(B, core, width)).to(own)
+    dy, h, scale = dy.to(dtype), (x if A is None else h).to(own), scale.to(own)
+    wide_core = None if core is None else core.to(own)
     dx, dA, dB, dweight, dcore = (x.new_empty(0) for _ in need)
 
     if need_B:
@@ -97,7 +105,7 @@ def backward(
     if not (need_x or need_A or need_weight or need_core):
         return dx, dA, dB, dweight, dcore
 
-    du = (dy @ B.to(dtype)).to(wide) * scale
+    du = (dy @ B.to(dtype)).to(own) * scale
     if wide_core is not None:
         gated = gate.unsqueeze(-1) * du.unsqueeze(1)
         dgate = (torch.einsum("tj,gij->tgi", h, wide_core) * du.unsqueeze(1)).sum(-1) if need_weight else dweight

@@ -1,20 +1,32 @@
 """``torch.ops.moelora.routed_lora``: schema, shapes and autograd of the one operator.
 
-Backends are kernels of this operator for a device (``routed_lora.register_kernel``); PyTorch's dispatcher picks.
-Backward is an operator too, so that a compiler sees two opaque calls and a backend can replace either.
+Backends are kernels of this operator for a device (``routed_lora.register_kernel``); PyTorch's dispatcher picks. Which
+of a device's ways a call takes is decided before it, from shapes alone (``moelora.ops.path``), so that the shape of
+what is kept for backward is known to a compiler too. Backward is an operator as well: a backend can replace either.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
+from moelora.core.errors import MoeloraError
 from moelora.core.factors import Factors
 from moelora.core.route import Route, dense_gates
-from moelora.ops import reference
+from moelora.ops import cpu, cuda, reference
+from moelora.ops.path import Machine, Path, Shape, choose, maps_all
+from moelora.ops.project import project
+
+CHOSEN: Final = ("compiled", "sorted", "gather")
+"""Paths that compute chosen units alone, and of them keep h."""
+
+
+def _only_dense(x: Tensor, path: str) -> None:
+    if path != "dense":
+        raise MoeloraError(f"the path '{path}' is none of {x.device.type} tensors here; see moelora.ops.path")
 
 
 @torch.library.custom_op("moelora::routed_lora", mutates_args=())
@@ -27,12 +39,55 @@ def routed_lora(
     index: Tensor | None,
     core: Tensor | None,
     width: int,
+    onto: Tensor | None = None,
+    path: str = "dense",
 ) -> tuple[Tensor, Tensor]:
-    """(delta [T, O], h [T, R]); see ``moelora.ops.reference`` for the mathematics and the shapes.
+    """(y [T, O], h); see ``moelora.ops.reference`` for the mathematics and the shapes.
 
-    Without A, x [T, R] is h itself, and the h given back is empty.
+    onto: [T, O], what the update is added to, and whose dtype y has; without it y is the update, in x's dtype.
+    path: see ``moelora.ops.path``. h: [T, R], or [T, k * width] where a path computes chosen units alone. Without A,
+    x [T, R] is h itself, and the h given back is empty.
     """
-    return reference.forward(x, A, B, scale, weight, index, core, width)
+    _only_dense(x, path)
+    return reference.forward(x, A, B, scale, weight, index, core, width, onto)
+
+
+@routed_lora.register_kernel("cpu")
+def _(
+    x: Tensor,
+    A: Tensor | None,
+    B: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    core: Tensor | None,
+    width: int,
+    onto: Tensor | None = None,
+    path: str = "dense",
+) -> tuple[Tensor, Tensor]:
+    if path == "compiled":
+        return cpu.forward(x, A, B, scale, weight, index, core, width, onto)
+    _only_dense(x, path)
+    return reference.forward(x, A, B, scale, weight, index, core, width, onto)
+
+
+@routed_lora.register_kernel("cuda")
+def _(
+    x: Tensor,
+    A: Tensor | None,
+    B: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    core: Tensor | None,
+    width: int,
+    onto: Tensor | None = None,
+    path: str = "dense",
+) -> tuple[Tensor, Tensor]:
+    if cuda.machine(x, A, B, scale, weight, core) == "cuda":
+        return cuda.forward(x, A, B, scale, weight, index, core, width, onto, path)
+    _only_dense(x, path)
+    return reference.forward(x, A, B, scale, weight, index, core, width, onto)
 
 
 @routed_lora.register_fake
@@ -45,10 +100,14 @@ def _(
     index: Tensor | None,
     core: Tensor | None,
     width: int,
+    onto: Tensor | None = None,
+    path: str = "dense",
 ) -> tuple[Tensor, Tensor]:
     shape = (0,) if A is None else (x.shape[0], A.shape[0])
-    h = x.new_empty(shape, dtype=reference.compute_dtype(x))
-    return x.new_empty(x.shape[0], B.shape[0]), h
+    if A is not None and index is not None and path in CHOSEN and core is None and A.shape[0] == B.shape[1]:
+        shape = (x.shape[0], index.shape[1] * width)
+    h = x.new_empty(shape, dtype=reference.wide(x.dtype))
+    return x.new_empty(x.shape[0], B.shape[0], dtype=x.dtype if onto is None else onto.dtype), h
 
 
 @torch.library.custom_op("moelora::routed_lora_backward", mutates_args=())
@@ -64,8 +123,52 @@ def routed_lora_backward(
     h: Tensor,
     width: int,
     need: list[bool],
+    path: str = "dense",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, A, B, weight, core); those not needed come back empty."""
+    _only_dense(x, path)
+    return reference.backward(dy, x, A, B, scale, weight, index, core, h, width, need)
+
+
+@routed_lora_backward.register_kernel("cpu")
+def _(
+    dy: Tensor,
+    x: Tensor,
+    A: Tensor | None,
+    B: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    core: Tensor | None,
+    h: Tensor,
+    width: int,
+    need: list[bool],
+    path: str = "dense",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if path == "compiled":
+        return cpu.backward(dy, x, A, B, scale, weight, index, core, h, width, need)
+    _only_dense(x, path)
+    return reference.backward(dy, x, A, B, scale, weight, index, core, h, width, need)
+
+
+@routed_lora_backward.register_kernel("cuda")
+def _(
+    dy: Tensor,
+    x: Tensor,
+    A: Tensor | None,
+    B: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    core: Tensor | None,
+    h: Tensor,
+    width: int,
+    need: list[bool],
+    path: str = "dense",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if cuda.machine(x, A, B, scale, weight, core) == "cuda":
+        return cuda.backward(dy, x, A, B, scale, weight, index, core, h, width, need, path)
+    _only_dense(x, path)
     return reference.backward(dy, x, A, B, scale, weight, index, core, h, width, need)
 
 
@@ -82,6 +185,7 @@ def _(
     h: Tensor,
     width: int,
     need: list[bool],
+    path: str = "dense",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like(tensor: Tensor | None, wanted: bool) -> Tensor:
         return x.new_empty(tensor.shape, dtype=tensor.dtype) if wanted and tensor is not None else x.new_empty(0)
@@ -90,34 +194,78 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, A, B, scale, weight, index, core, width = inputs
-    ctx.width = width
+    x, A, B, scale, weight, index, core, width, onto, path = inputs
+    ctx.width, ctx.path, ctx.added = width, path, onto is not None
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # h has no gradient, and zeros for it would be as large as h
     ctx.save_for_backward(x, A, B, scale, weight, index, core, output[1])
 
 
-def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:  # y took no part in what is differentiated
+        return (None,) * 10
     x, A, B, scale, weight, index, core, h = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     need = [wanted[0], wanted[1] and A is not None, wanted[2], wanted[4], wanted[6]]
-    grads = routed_lora_backward(dy.contiguous(), x, A, B, scale, weight, index, core, h, ctx.width, need)
+    grads = routed_lora_backward(dy.contiguous(), x, A, B, scale, weight, index, core, h, ctx.width, need, ctx.path)
     dx, dA, dB, dweight, dcore = (grad if asked else None for grad, asked in zip(grads, need, strict=True))
-    return dx, dA, dB, None, dweight, None, dcore, None
+    return dx, dA, dB, None, dweight, None, dcore, None, dy if ctx.added and wanted[8] else None, None
 
 
 routed_lora.register_autograd(_backward, setup_context=_setup_context)
 
 
 def down(x: Tensor, A: Tensor) -> Tensor:
-    """h = x A^T [T, R] in the operator's dtype, for routers that read it; then ``apply`` to it without A."""
-    dtype = reference.compute_dtype(x)
-    return x.to(dtype) @ A.to(dtype).t()
+    """h = x A^T [T, R], float32 at least, for routers that read it; then ``apply`` to it without A."""
+    return project(x, [A])[0]
 
 
-def apply(x: Tensor, factors: Factors, route: Route) -> Tensor:
-    """The update [T, O] of tokens x [T, D], in x's dtype."""
+def apply(x: Tensor, factors: Factors, route: Route, onto: Tensor | None = None, path: Path | None = None) -> Tensor:
+    """The update [T, O] of tokens x [T, D], in x's dtype; added to ``onto`` [T, O], in its dtype, if that is given.
+
+    path: how it is computed, for tests and measurements; by default what takes least time.
+    """
     width = factors.B.shape[1] // route.units
-    return routed_lora(x, factors.A, factors.B, factors.scale, route.weight, route.index, factors.core, width)[0]
+    given = (x, factors.A, factors.B, factors.scale, route.weight, route.index, factors.core, width)
+    return routed_lora(*given, onto, path or path_of(*given, onto))[0]
+
+
+def path_of(
+    x: Tensor,
+    A: Tensor | None,
+    B: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    core: Tensor | None,
+    width: int,
+    onto: Tensor | None = None,
+) -> Path:
+    """The path of a call: of those that its device and dtypes allow, the one that takes least time."""
+    machine = _machine(x, A, B, scale, weight, core, onto)
+    if machine == "torch":
+        return "dense"
+    form: Literal["blocks", "shared", "core"] = "shared"
+    if core is not None:
+        form, width = "core", B.shape[1]
+    elif B.shape[1] == (x.shape[1] if A is None else A.shape[0]):
+        form = "blocks"
+    units, k = (weight.shape[1], None) if index is None else (reference.unit_count(B, core, width), index.shape[1])
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return choose(Shape(x.shape[0], x.shape[1], B.shape[0], units, width, k, form, half, A is None), machine)
+
+
+def _machine(x: Tensor, *others: Tensor | None) -> Machine:
+    if x.device.type == "cpu":
+        return cpu.machine(x, *others)  # type: ignore[arg-type]
+    return cuda.machine(x, *others) if x.device.type == "cuda" else "torch"  # type: ignore[arg-type]
+
+
+def maps_first(x: Tensor, factors: Factors) -> bool:
+    """Whether h = A x will be wanted of every token, whatever they choose: then it may come before the choice."""
+    A, B, scale, core = factors.A, factors.B, factors.scale, factors.core
+    machine = _machine(x, A, B, scale, scale.unsqueeze(0), core)
+    return machine == "torch" or (machine == "cuda" and maps_all(x.shape[0], x.shape[1], B.shape[0], B.shape[1]))
 
 
 def apply_each(x: Tensor, factors: Factors, route: Route) -> Tensor:

@@ -58,7 +58,7 @@ class AdaMoLE(Router):
         nn.init.uniform_(self.threshold_bias, -1 / math.sqrt(site.in_features), 1 / math.sqrt(site.in_features))
 
     def forward(self, x: Tensor, view: View) -> Route:
-        logits = linear_scores(self.weight, x)
+        logits = linear_scores(self.weight, x, view)
         threshold = self.max_threshold * (linear_scores(self.threshold_weight, x) + self.threshold_bias).sigmoid()
         probs = logits.softmax(-1)
         margin = probs - threshold

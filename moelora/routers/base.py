@@ -14,6 +14,7 @@ from moelora.core.factors import Factors
 from moelora.core.module import ExactBuffers
 from moelora.core.route import Route
 from moelora.core.tape import Site, View
+from moelora.ops.project import project
 
 
 class Router(ExactBuffers, ABC):
@@ -82,10 +83,15 @@ class Router(ExactBuffers, ABC):
         over processes. For balance rules that are not gradients."""
 
 
-def linear_scores(weight: Tensor, x: Tensor) -> Tensor:
-    """Router logits x W^T [T, G] in float32 at least, whatever the model's dtype."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.to(dtype) @ weight.to(dtype).t()
+def linear_scores(weight: Tensor, x: Tensor, view: View | None = None) -> Tensor:
+    """Router logits x W^T [..., G] in float32 at least, whatever the model's dtype.
+
+    view: of a router that is given the tokens, so that they need not be read twice where the experts read all of them.
+    """
+    if view is not None and view.image is not None and view.image.x is x:
+        scores: Tensor = view.image.under(weight)
+        return scores
+    return project(x.reshape(-1, x.shape[-1]), [weight])[0].view(*x.shape[:-1], weight.shape[0])
 
 
 def reset_linear(weight: Tensor) -> None:

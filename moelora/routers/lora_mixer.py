@@ -71,7 +71,7 @@ class LoRAMixer(Router):
         return (torch.arange(self.num_experts) == task).float()
 
     def forward(self, x: Tensor, view: View) -> Route:
-        logits = linear_scores(self.weight, x)
+        logits = linear_scores(self.weight, x, view)
         probs = logits.softmax(-1)
         if self.routing == "hard":
             gate = task_experts(view, "lora_mixer", self.num_experts) + 0 * probs  # DDP wants a gradient, if of zero

@@ -52,7 +52,7 @@ class MeteoRA(Router):
         reset_linear(self.weight)
 
     def forward(self, x: Tensor, view: View) -> Route:
-        logits = linear_scores(self.weight, x)
+        logits = linear_scores(self.weight, x, view)
         index = view.once(lambda: top_k(logits, self.top_k))
         weight = (logits.gather(1, index) / self.temperature).softmax(-1)
         return Route(weight, self.num_experts, index, logits, logits.softmax(-1))

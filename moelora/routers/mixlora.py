@@ -69,6 +69,6 @@ class MixLoRA(Router):
     def forward(self, x: Tensor, view: View) -> Route:
         if self.training and self.jitter:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-        logits = linear_scores(self.weight, x)
+        logits = linear_scores(self.weight, x, view)
         index = view.once(lambda: top_k(logits, self.top_k))
         return Route(logits.gather(1, index).softmax(-1), self.num_experts, index, logits, logits.softmax(-1))

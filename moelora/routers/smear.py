@@ -44,6 +44,6 @@ class Smear(Router):
         reset_linear(self.weight)
 
     def forward(self, x: Tensor, view: View) -> Route:
-        logits = running_mean(linear_scores(self.weight, x), view, self.pool)
+        logits = running_mean(linear_scores(self.weight, x, view), view, self.pool)
         probs = logits.softmax(-1)
         return Route(probs, self.num_experts, None, logits, probs)

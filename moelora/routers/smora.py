@@ -72,7 +72,7 @@ class SMoRA(Router):
         return self.top_k
 
     def forward(self, x: Tensor, view: View) -> Route:
-        logits = linear_scores(self.weight, x)
+        logits = linear_scores(self.weight, x, view)
         scores = logits.sigmoid() if self.score_fn == "sigmoid" else logits.softmax(-1)
         biased = scores + self.bias
         index = view.once(lambda: top_k(biased, self.top_k // self.block_size))

@@ -65,7 +65,7 @@ class Softmax(Router):
         return options["attention"] == "lora" and site.in_attention
 
     def forward(self, x: Tensor, view: View) -> Route:
-        logits = linear_scores(self.weight, x) / self.temperature
+        logits = linear_scores(self.weight, x, view) / self.temperature
         probs = logits.softmax(-1)
         if self.top_k is None:
             return Route(probs, self.num_experts, None, logits, probs)

@@ -25,6 +25,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -93,17 +94,22 @@ class XLoRA(Router):
         return "model"
 
     def plan(self, hidden: Tensor) -> Tensor:
+        """Logits and, after them on the layers' axis, their softmax: made once, not again in every layer."""
         scores: Tensor = self.head(hidden)
-        return scores.unflatten(-1, (-1, self.num_experts))
+        logits = scores.unflatten(-1, (-1, self.num_experts))
+        logits = logits / self.temperature if self.softmax else logits
+        return torch.cat([logits, logits.softmax(-1)], -2)
 
     def forward(self, x: Tensor, view: View) -> Route:
-        scores = view.plan[:, view.site.index if self.layerwise else 0].to(x.device)
-        logits = scores / self.temperature if self.softmax else scores
-        probs = logits.softmax(-1)
-        scalings, index = probs if self.softmax else scores, None
+        plan = view.plan.to(x.device)
+        at, count = view.site.index if self.layerwise else 0, plan.shape[1] // 2
+        logits, probs = plan[:, at], plan[:, count + at]
+        scalings, index = probs if self.softmax else logits, None
         if self.top_k is not None:
             k, scored = self.top_k, scalings
             index = view.once(lambda: top_k(scored, k))
             scalings = scalings.gather(1, index)
             scalings = scalings.softmax(-1) if self.softmax_topk else scalings
-        return Route(self.global_scaling_weight * scalings, self.num_experts, index, logits, probs)
+        if self.global_scaling_weight != 1:
+            scalings = self.global_scaling_weight * scalings
+        return Route(scalings, self.num_experts, index, logits, probs)

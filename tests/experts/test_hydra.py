@@ -16,6 +16,7 @@ from moelora.core.route import Route
 from moelora.model.adapt import parameter_counts
 from moelora.model.record import routed_layers
 from moelora.model.write import adapter_tensors
+from moelora.ops.project import Image
 from tests import tiny
 
 ALPHA, R = 6.0, 3
@@ -71,12 +72,12 @@ def test_a_router_may_read_the_shared_rank_space() -> None:
     _, layer = tiny.toy(config())
     seen: list[Tensor] = []
 
-    def decide(factors: Factors, h: Tensor | None) -> Route:
-        assert h is not None
-        seen.append(h)
+    def decide(factors: Factors, image: Image) -> Route:
+        assert factors.A is not None
+        seen.append(image.under(factors.A))
         return Route(torch.full((9, 4), 0.25, dtype=torch.float64), 4)
 
-    in_rank_space = layer.experts(TOKENS, decide, "rank_space")
+    in_rank_space = layer.experts(TOKENS, decide)
     torch.testing.assert_close(seen[0], TOKENS @ layer.experts.lora_A.t())
     uniform = layer.experts(TOKENS, lambda *_: Route(torch.full((9, 4), 0.25, dtype=torch.float64), 4))
     torch.testing.assert_close(in_rank_space, uniform, rtol=1e-13, atol=1e-13)

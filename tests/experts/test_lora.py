@@ -8,6 +8,7 @@ from moelora.core.factors import Factors
 from moelora.core.route import Route
 from moelora.core.tape import Site
 from moelora.experts.lora import LoRA
+from moelora.ops.project import Image
 
 SITE = Site("layer", 0, 5, 7)
 
@@ -51,14 +52,18 @@ def test_the_decision_reads_the_factors_and_rank_space_only_when_asked() -> None
     made, x = experts(), torch.randn(4, 5, dtype=torch.float64)
     route, seen = Route(torch.rand(4, 3, dtype=torch.float64), 3), []
 
-    def decide(factors: Factors, h: torch.Tensor | None) -> Route:
-        seen.append((factors, h))
+    def decide(factors: Factors, image: Image) -> Route:
+        assert image.x is x and image.known(made.lora_A) is None
+        assert factors.A is made.lora_A and factors.anchors == ()
         return route
 
-    outputs = [made(x, decide), made(x, decide, "rank_space")]
-    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
-    assert seen[0][1] is None and seen[0][0].A is made.lora_A and seen[0][0].anchors == ()
-    torch.testing.assert_close(seen[1][1], x @ made.lora_A.t())
+    def decide_by_h(factors: Factors, image: Image) -> Route:
+        assert factors.A is not None
+        seen.append(image.under(factors.A))
+        return route
+
+    torch.testing.assert_close(made(x, decide), made(x, decide_by_h), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(seen[0], x @ made.lora_A.t())
 
 
 def test_experts_have_factors_of_their_own() -> None:

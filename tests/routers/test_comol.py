@@ -194,10 +194,15 @@ class Largest(TorchDispatchMode):
     numel = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        plain = {"routed_lora": reference.forward, "routed_lora_backward": reference.backward}
+        plain = {
+            "routed_lora": reference.forward,
+            "routed_lora_backward": reference.backward,
+            "project": lambda x, weights: x @ torch.cat(weights).t(),
+            "project_backward": lambda dh, x, weights, *_: (dh @ torch.cat(weights), dh.t() @ x),
+        }
         if func.namespace == "moelora":
             with self:
-                return plain[func._opname](*args)
+                return plain[func._opname](*(arg for arg in args if arg != "dense"))
         out = func(*args, **(kwargs or {}))
         for value in out if isinstance(out, tuple | list) else [out]:
             if isinstance(value, Tensor):
