@@ -63,7 +63,8 @@ class Tape:
     positions: [B, S] position ids, zero at each start of a packed sequence.
     plan: [B, S, L, E] what ``Router.plan`` made of the base model's last hidden state.
     past: what routers kept of the tokens before these, when decoding with a cache; kept: what they keep now.
-    shared: routes that one layer of a feed-forward block leaves to the next.
+    shared: routes that one layer of a feed-forward block leaves to the next. images: what a layer's first fellow read
+        of their tokens for it, by site index, with the tokens themselves (``moelora.model.fellows``).
     with_terms: whether layers compute their auxiliary terms in this pass.
     called, read: sites that were called, and sites whose weight was looked at.
     """
@@ -76,6 +77,7 @@ class Tape:
     past: dict[int, Tensor] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)
     shared: dict[str, Route] = field(default_factory=dict)
+    images: dict[int, tuple[Tensor, Any]] = field(default_factory=dict)
     called: set[int] = field(default_factory=set)
     read: set[int] = field(default_factory=set)
     with_terms: bool = False

@@ -15,6 +15,7 @@ from moelora.core.route import Route
 from moelora.core.tape import Port, Site, Tape, View
 from moelora.experts.base import Experts
 from moelora.losses.base import Loss
+from moelora.model.fellows import image_of
 from moelora.ops.project import Image
 from moelora.routers.base import Router
 
@@ -40,6 +41,7 @@ class RoutedLinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.site, self.losses, self.port = site, losses, port
         self.in_features, self.out_features = site.in_features, site.out_features
+        self.fellows: tuple[RoutedLinear, ...] = ()
 
     @property
     def weight(self) -> Any:
@@ -55,7 +57,7 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
-        return self._exact(self._updated, x, y) if self.port.enabled else y
+        return self._exact(self._updated, x, y, x) if self.port.enabled else y
 
     @staticmethod
     def _exact(compute: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:
@@ -66,18 +68,21 @@ class RoutedLinear(nn.Module):
         with torch.autocast(device, enabled=False):
             return compute(x.to(torch.get_autocast_dtype(device)), *more)
 
-    def _updated(self, x: Tensor, y: Tensor) -> Tensor:
-        """y and its update."""
-        view = self._tape().view(self.site, x.shape[:-1])
+    def _updated(self, x: Tensor, y: Tensor, given: Tensor) -> Tensor:
+        """y and its update. given: x as the layer was called with it."""
+        tape = self._tape()
+        view = tape.view(self.site, x.shape[:-1])
         tokens, flat = x.reshape(-1, self.site.in_features), y.reshape(-1, self.site.out_features)
         dropped = self.dropout(tokens)
+        seen = image_of(self, given, dropped, tape)
+        tokens = seen.x if dropped is tokens else tokens
         routes: list[Route] = []
 
         def decide(factors: Factors, image: Image) -> Route:
             routes.append(self._route(tokens, image, replace(view, factors=factors)))
             return routes[0]
 
-        updated: Tensor = self.experts(dropped, decide, onto=flat)
+        updated: Tensor = self.experts(seen.x, decide, onto=flat, image=seen)
         beside = self.experts.beside(routes[0], flat)
         return (updated if beside is None else updated + beside).view(y.shape)
 

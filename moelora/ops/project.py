@@ -8,6 +8,7 @@ tokens, of all of them. Kept for backward: x and the factors themselves, never a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -87,13 +88,13 @@ def project(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
 class Image:
     """Tokens x [T, D], and what they are under the factors of one layer: each read of x gives as much as it can.
 
-    together: whether h = A x is wanted of every token, so that it may come with the first scores asked for.
+    known: pairs of a factor and x under it.
     """
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, known: Iterable[tuple[Tensor, Tensor]] = ()) -> None:
         self.x = x
         self._A: Tensor | None = None
-        self._known: list[tuple[Tensor, Tensor]] = []
+        self._known = list(known)
 
     def beside(self, A: Tensor) -> None:
         """Scores asked for from now on come with h = A x."""
@@ -104,9 +105,9 @@ class Image:
         known = self.known(weight)
         if known is not None:
             return known
-        wanted = [weight] if self._A is None or self._A is weight else [self._A, weight]
+        A = self._A
+        wanted = [weight] if A is None or A is weight or self.known(A) is not None else [A, weight]
         self._known += zip(wanted, project(self.x, wanted), strict=True)
-        self._A = None
         return self._known[-1][1]
 
     def known(self, weight: Tensor | None) -> Tensor | None:

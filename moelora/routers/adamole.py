@@ -38,6 +38,7 @@ from moelora.routers.base import Router, linear_scores, reset_linear
 class AdaMoLE(Router):
     """Experts above an adaptive threshold. max_threshold: the largest threshold; None is 1 / num_experts."""
 
+    scores = "weight"
     gives = ("logits", "probs")
 
     def __init__(

@@ -30,6 +30,8 @@ class Router(ExactBuffers, ABC):
     needs: what it needs of the experts, see ``Experts.gives``.
     remembers: it keeps something of earlier tokens (``view.keep``), so a cache must carry that.
     around: ``"ffn"``: it routes whole feed-forward blocks; the layers of one share its choice.
+    scores: the name of its parameter [G, D] where it scores tokens by ``linear_scores``, so that layers that read the
+        same tokens can have theirs together.
     scale_rank: the rank that divides lora_alpha; the expert's rank r unless said otherwise.
     """
 
@@ -37,6 +39,7 @@ class Router(ExactBuffers, ABC):
     gives: ClassVar[tuple[str, ...]] = ()
     needs: tuple[str, ...] = ()
     remembers: ClassVar[bool] = False
+    scores: ClassVar[str | None] = None
     around: ClassVar[Literal["linear", "ffn"]] = "linear"
 
     def __init__(self, site: Site, num_experts: int, r: int) -> None:

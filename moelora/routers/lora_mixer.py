@@ -39,6 +39,7 @@ class LoRAMixer(Router):
     Raises ConfigError when top_k exceeds num_experts; DataError in hard mode for a batch without task ids.
     """
 
+    scores = "weight"
     gives = ("logits", "probs")
 
     def __init__(

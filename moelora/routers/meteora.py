@@ -34,6 +34,7 @@ class MeteoRA(Router):
     Raises ConfigError when top_k exceeds num_experts.
     """
 
+    scores = "weight"
     gives = ("logits", "probs")
 
     def __init__(

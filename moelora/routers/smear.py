@@ -34,6 +34,7 @@ class Smear(Router):
     Raises ConfigError when pool: sequence meets a cache or the decoder of an encoder-decoder.
     """
 
+    scores = "weight"
     gives = ("logits", "probs")
     remembers = True
 

@@ -39,6 +39,7 @@ class SMoRA(Router):
     """
 
     reads = "dropped"
+    scores = "weight"
     gives = ("logits", "probs")
     needs = ("own_A",)
     bias: Tensor

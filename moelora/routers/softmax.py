@@ -41,6 +41,7 @@ class Softmax(Router):
     Raises ConfigError when top_k exceeds num_experts.
     """
 
+    scores = "weight"
     gives = ("logits", "probs")
 
     def __init__(

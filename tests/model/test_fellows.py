@@ -1,0 +1,112 @@
+"""q, k and v read their tokens once: the same numbers, fewer reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moelora.core.tape import Tape
+from moelora.model.record import routed_layers
+from moelora.ops import project
+from tests import tiny
+
+# float64 is computed by plain PyTorch on every machine, which maps all tokens first.
+DTYPE = torch.float64
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """How many rows the factors had of every read of tokens."""
+    found: list[tuple[int, ...]] = []
+    original = project._project
+
+    def spy(x: Tensor, weights: list[Tensor]) -> Tensor:
+        found.append(tuple(weight.shape[0] for weight in weights))
+        return original(x, weights)
+
+    monkeypatch.setattr(project, "_project", spy)
+    return found
+
+
+def adapted(router: Any = "meteora", **more: Any) -> torch.nn.Module:
+    config = {"router": router, "experts": {"num_experts": 3, "r": 2}, "target_modules": ALL, **more}
+    return tiny.shake(tiny.adapt(tiny.llama(dtype=DTYPE), config))
+
+
+def alone(model: torch.nn.Module) -> torch.nn.Module:
+    """Every layer by itself."""
+    for layer in routed_layers(model):
+        layer.fellows = ()
+    return model
+
+
+def results(model: torch.nn.Module, **more: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    out = model(**tiny.batch(), **more)
+    out.loss.backward()
+    return {
+        "logits": out.logits.detach(),
+        **{n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad},
+    }
+
+
+@pytest.mark.parametrize("router", ["meteora", {"name": "smora", "top_k": 2}, "softmax", "comol", "smear", "uniform"])
+def test_together_and_alone_are_the_same(router: Any) -> None:
+    core = {"experts": {"name": "core", "num_experts": 3, "r": 2}} if router == "comol" else {}
+    model = adapted(router, **core)
+    together, apart = results(model), results(alone(model))
+    assert together.keys() == apart.keys()
+    for key, value in together.items():
+        torch.testing.assert_close(value, apart[key], rtol=1e-10, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_three_projections_read_their_tokens_once(reads: list[tuple[int, ...]]) -> None:
+    model = adapted()
+    layers = routed_layers(model)
+    groups = sum(len(layer.fellows) > 1 for layer in layers)
+    assert groups == 2 * model.config.num_hidden_layers  # q, k, v; gate, up
+    results(model)
+    assert len(reads) == len(layers) - sum(len(layer.fellows) - 1 for layer in layers if layer.fellows)
+    assert reads[0] == (6, 3, 6, 3, 6, 3)  # h and scores of q, k and v
+    reads.clear()
+    results(alone(model))
+    assert len(reads) == len(layers) and set(reads) == {(6, 3)}
+
+
+def test_dropout_keeps_layers_apart(reads: list[tuple[int, ...]]) -> None:
+    model = adapted(experts={"num_experts": 3, "r": 2, "lora_dropout": 0.3})
+    model.train()
+    results(model)
+    assert set(reads) == {(3,)}  # scores of the tokens as they are; h of others comes with the update
+    reads.clear()
+    model.eval()
+    model(**tiny.batch())
+    assert reads[0] == (6, 3, 6, 3, 6, 3)
+
+
+def test_other_tokens_than_the_first_fellows_are_read_anew() -> None:
+    model = adapted()
+    layer = next(layer for layer in routed_layers(model) if layer.fellows)
+    _, second, *_ = layer.fellows
+    one, two = (torch.randn(1, 4, tiny.HIDDEN, dtype=DTYPE) for _ in range(2))
+    expected = second(two)
+    with model.moelora.port.on(Tape()):
+        layer(one)
+        torch.testing.assert_close(second(two), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_checkpointing_reads_once_in_each_pass(reads: list[tuple[int, ...]]) -> None:
+    model = adapted()
+    plain = results(model)
+    first = len(reads)
+    model.train()
+    model.gradient_checkpointing_enable()
+    reads.clear()
+    again = results(model)
+    assert len(reads) == 2 * first
+    for key, value in plain.items():
+        torch.testing.assert_close(again[key], value, rtol=1e-10, atol=1e-12)
