@@ -20,6 +20,7 @@ KERNELS: Final[tuple[Kernel, ...]] = ("shrink", "expand", "outer")
 RANKS: Final = (16, 32, 64, 128)
 """Widest tile of ranks; more of them are several tiles."""
 
+POWERS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CACHE: Final = Path.home() / ".cache" / "moelora"
 
 
@@ -63,8 +64,12 @@ def tuned(path: Path) -> dict[str, Config]:
             f"{path}: not a file of 'moelora tune' ({error}); delete it, or run 'moelora tune' again"
         ) from error
     for key, config in found.items():
-        if not all(isinstance(size, int) and 1 <= size <= 256 for size in config.as_dict().values()):
-            raise ConfigError(f"{path}: row '{key}' has sizes outside 1 to 256; delete it, or run 'moelora tune' again")
+        *sizes, stages = config.as_dict().values()
+        if not (all(size in POWERS for size in sizes) and stages in range(1, 9)):
+            raise ConfigError(
+                f"{path}: row '{key}' has sizes that are no powers of two up to 256, or stages outside 1 to 8; delete "
+                "it, or run 'moelora tune' again"
+            )
     return found
 
 

@@ -262,6 +262,39 @@ def methods(
             methods_table(plugin or [], json)
 
 
+@app.command()
+def tune(
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; that of this GPU in ~/.cache/moelora if not given.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Rows of the products that are measured.")] = 8192,
+    features: Annotated[int, typer.Option(min=1, help="Their columns.")] = 4096,
+) -> None:
+    """Measure the Triton kernels' block sizes on this GPU; the operator uses the best from then on."""
+    with _readable_errors():
+        from rich.progress import track
+
+        from moelora.tools.tune import tune as run
+
+        print(run(out, tokens, features, track))
+
+
+@app.command()
+def env(json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
+    """Show versions, which kernels of the operator are active, GPUs and threads."""
+    with _readable_errors():
+        import json as encoder
+
+        from moelora.cli.env import environment
+        from moelora.cli.show import environment_table
+
+        found = environment()
+        if json:
+            print(encoder.dumps(found, indent=1))
+        else:
+            environment_table(found)
+
+
 def _ask() -> str:
     try:
         return input("> ").strip()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moelora.ops import cuda, reference
+from moelora.tools import tune
 from tests.ops.test_routed_lora import GRADS, MIXES, arguments, in_rank_space, make, poisoned
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -259,6 +260,12 @@ def test_units_of_lower_rank_are_cut_at_it() -> None:
     dA = outer.outer_sorted(h, x, torch.empty_like(A), 24, segments, config, short)
     torch.testing.assert_close(dA, (whole * chosen).flatten(1).t() @ x, rtol=1e-4, atol=1e-3)
     assert (dA[dead.flatten()] == 0).all()
+
+
+@pytest.mark.parametrize("kernel", ["shrink", "expand", "outer"])
+def test_every_call_that_is_tuned_runs(kernel: str) -> None:
+    config = next(tune.candidates(kernel, 16, True))
+    tune.call(kernel, 16, True, config, torch.device(DEVICE), 40, 40)()
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
