@@ -194,3 +194,19 @@ def export_table(export: Any) -> None:
     for note in export.notes:
         print(f"note: {note}")
     print(f"{export.kind}: {export.folder}")
+
+
+def environment_table(found: Mapping[str, Any]) -> None:
+    """Versions, then a line each on kernels, GPUs and threads."""
+    table = Table("package", "version", box=box.SIMPLE_HEAD)
+    for name, version in found["versions"].items():
+        table.add_row(name, version or "not installed")
+    Console(highlight=False).print(table)
+    for device, what, kernels in (
+        ("CPU", "compiled", found["kernels"]["cpu"]),
+        ("GPU", "Triton", found["kernels"]["cuda"]),
+    ):
+        active = "active" if kernels["active"] else "absent, PyTorch computes"
+        print(f"{what} kernels ({device}): {active}: {kernels['status']}")
+    print(f"GPUs: {'; '.join(found['gpus']) or 'none'}")
+    print(f"CPU threads: {found['threads']}")

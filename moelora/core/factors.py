@@ -17,6 +17,7 @@ class Factors:
     - shared A: A [r, D], B [O, G*r]; every unit gates its own copy of A x.
     - routed core: core [G, r, r], A [r, D], B [O, r]; the gates mix cores, ``sum_u g_u core_u A x``.
 
+    ranks: [G] int32, of blocks: how many of each unit's ranks are in use, the rest being zero; None where all are.
     scale: [columns of B] float32, for instance lora_alpha / r. A is None where the tokens are h = A x already.
     anchors: pairs of a parameter and its value at the start, for losses that hold experts near it.
     """
@@ -25,4 +26,5 @@ class Factors:
     B: Tensor
     scale: Tensor
     core: Tensor | None = None
+    ranks: Tensor | None = None
     anchors: tuple[tuple[Tensor, Tensor], ...] = ()

@@ -32,14 +32,16 @@ class Experts(ExactBuffers, ABC):
 
     Experts that started from adapters may differ from each other, and have more than low-rank factors:
 
-    ranks: the rank of each; its rows beyond that are zero. present: [R] bool, rows of experts that have this layer, or
-        None: an expert without it keeps its gate. vectors: what adapters hold beside A and B, by PEFT's names, as they
-        were saved. stretch, shift: [E, O] or None, what these make of the base layer's output y: g (stretch y + shift).
+    ranks: the rank of each; its rows beyond that are zero. used: [E] int32, the same where they are not all r.
+    present: [R] bool, rows of experts that have this layer, or None: an expert without it keeps its gate. vectors: what
+        adapters hold beside A and B, by PEFT's names, as they were saved.
+    stretch, shift: [E, O] or None, what these make of the base layer's output y: g (stretch y + shift).
     """
 
     gives: ClassVar[tuple[str, ...]]
     scale: Tensor
     present: Tensor | None
+    used: Tensor | None
     stretch: Tensor | None
     shift: Tensor | None
 
@@ -50,7 +52,7 @@ class Experts(ExactBuffers, ABC):
         self.ranks = [r] * num_experts
         self.vectors: list[dict[str, Tensor]] = [{} for _ in range(num_experts)]
         self.register_buffer("scale", torch.ones(num_experts * r), persistent=False)
-        for name in ("present", "stretch", "shift"):
+        for name in ("present", "used", "stretch", "shift"):
             self.register_buffer(name, None, persistent=False)
 
     @abstractmethod
@@ -82,11 +84,14 @@ class Experts(ExactBuffers, ABC):
         return routed_lora.apply(x if h is None else h, factors if h is None else replace(factors, A=None), route, onto)
 
     def anchored_factors(self) -> Factors:
-        """``factors()``, with the anchors that losses may read."""
+        """``factors()``, with the ranks in use and the anchors that losses may read."""
+        factors = self.factors()
+        if self.used is not None:
+            factors = replace(factors, ranks=self.used)
         if not self.anchored:
-            return self.factors()
+            return factors
         pairs = ((parameter, getattr(self, f"anchor_{name}")) for name, parameter in self.named_parameters())
-        return replace(self.factors(), anchors=tuple(pairs))
+        return replace(factors, anchors=tuple(pairs))
 
     def admit(self, route: Route) -> Route:
         """The route with the gates of absent experts spread over the present ones, in proportion; their sum stays."""

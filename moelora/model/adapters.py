@@ -164,8 +164,10 @@ def _stack(layer: RoutedLinear, loras: Sequence[LoRATensors], dtype: torch.dtype
             shift[index] -= stretch[index] * bias.to(shift)  # the stretch is of y without its bias
             if lora.base_bias is not None:
                 shift[index] += lora.base_bias.to(shift) - bias.to(shift)
+    device = held["lora_A"].device
+    if min(experts.ranks) < r:
+        experts.used = torch.tensor(experts.ranks, dtype=torch.int32, device=device)
     if any(experts.vectors):
-        device = held["lora_A"].device
         experts.shift = shift.float().to(device)
         experts.stretch = stretch.float().to(device) if bool(stretch.any()) else None
 

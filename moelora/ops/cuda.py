@@ -58,6 +58,7 @@ def forward(
     width: int,
     onto: Tensor | None,
     path: str,
+    ranks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.forward``; h is float32, on the paths ``sorted`` and ``gather`` [T, k * width]."""
     kernels, kit = _kernels(), Kit(x)
@@ -73,10 +74,10 @@ def forward(
         u = kernels.mix.mix(h, weight, index, scale, width, "pairs", x.dtype)
         return kernels.gather.up(u, B.t(), index, onto), h
     segments = kernels.sort.sort_tokens(index, A.shape[0] // width, kit.config("shrink", width).rows)
-    h = kernels.shrink.shrink_sorted(x, A, width, segments, kit.config("shrink", width))
+    h = kernels.shrink.shrink_sorted(x, A, width, segments, kit.config("shrink", width), ranks)
     h = h.view(x.shape[0], index.shape[1] * width)
     u = kernels.mix.mix(h, weight, index, scale, width, "pairs", x.dtype).view(-1, width)
-    return kernels.expand.expand_sorted(u, B.t(), segments, kit.config("expand", width), onto), h
+    return kernels.expand.expand_sorted(u, B.t(), segments, kit.config("expand", width), onto, ranks), h
 
 
 def backward(
@@ -92,6 +93,7 @@ def backward(
     width: int,
     need: list[bool],
     path: str,
+    ranks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As ``reference.backward``."""
     given, h = _packed(weight), x.contiguous() if A is None else h
@@ -99,7 +101,7 @@ def backward(
     if path == "dense":
         return _dense_backward(dy, x, A, B, scale, given, chosen, core, h, width, need)
     assert A is not None and chosen is not None
-    return _sorted_backward(dy, x, A, B, scale, given, chosen, h, width, need)
+    return _sorted_backward(dy, x, A, B, scale, given, chosen, h, width, need, ranks)
 
 
 def _dense_backward(
@@ -153,6 +155,7 @@ def _sorted_backward(
     h: Tensor,
     width: int,
     need: list[bool],
+    ranks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     kernels, kit = _kernels(), Kit(dy)
     need_x, need_A, need_B, need_weight, _ = need
@@ -162,19 +165,19 @@ def _sorted_backward(
     if need_B:
         u = kernels.mix.mix(h, weight, index, scale, width, "pairs", x.dtype).view(-1, width)
         dB = torch.empty_like(B, memory_format=torch.contiguous_format)
-        kernels.outer.outer_sorted(u, dy, dB.t(), width, segments, outer)
+        kernels.outer.outer_sorted(u, dy, dB.t(), width, segments, outer, ranks)
     if not (need_x or need_A or need_weight):
         return dx, dA, dB, dweight, dcore
-    du = kernels.shrink.shrink_sorted(dy, B.t(), width, segments, kit.config("shrink", width)).view(h.shape)
+    du = kernels.shrink.shrink_sorted(dy, B.t(), width, segments, kit.config("shrink", width), ranks).view(h.shape)
     dh, gates = kernels.mix.unmix(du, h, weight, index, scale, width, "pairs", need_weight)
     if gates is not None:
         dweight = gates
     dh = dh.to(x.dtype).view(-1, width)
     if need_A:
         dA = torch.empty_like(A, memory_format=torch.contiguous_format)
-        kernels.outer.outer_sorted(dh, x, dA, width, segments, outer)
+        kernels.outer.outer_sorted(dh, x, dA, width, segments, outer, ranks)
     if need_x:
-        dx = kernels.expand.expand_sorted(dh, A, segments, kit.config("expand", width))
+        dx = kernels.expand.expand_sorted(dh, A, segments, kit.config("expand", width), None, ranks)
     return dx, dA, dB, dweight, dcore
 
 

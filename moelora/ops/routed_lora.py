@@ -41,12 +41,14 @@ def routed_lora(
     width: int,
     onto: Tensor | None = None,
     path: str = "dense",
+    ranks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y [T, O], h); see ``moelora.ops.reference`` for the mathematics and the shapes.
 
     onto: [T, O], what the update is added to, and whose dtype y has; without it y is the update, in x's dtype.
-    path: see ``moelora.ops.path``. h: [T, R], or [T, k * width] where a path computes chosen units alone. Without A,
-    x [T, R] is h itself, and the h given back is empty.
+    path: see ``moelora.ops.path``. ranks: [G] int32, how many of a unit's ranks are in use where not all are; the
+    others' rows are zero, and a path may leave them out. h: [T, R], or [T, k * width] where a path computes chosen
+    units alone. Without A, x [T, R] is h itself, and the h given back is empty.
     """
     _only_dense(x, path)
     return reference.forward(x, A, B, scale, weight, index, core, width, onto)
@@ -64,6 +66,7 @@ def _(
     width: int,
     onto: Tensor | None = None,
     path: str = "dense",
+    ranks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if path == "compiled":
         return cpu.forward(x, A, B, scale, weight, index, core, width, onto)
@@ -83,9 +86,10 @@ def _(
     width: int,
     onto: Tensor | None = None,
     path: str = "dense",
+    ranks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if cuda.machine(x, A, B, scale, weight, core) == "cuda":
-        return cuda.forward(x, A, B, scale, weight, index, core, width, onto, path)
+        return cuda.forward(x, A, B, scale, weight, index, core, width, onto, path, ranks)
     _only_dense(x, path)
     return reference.forward(x, A, B, scale, weight, index, core, width, onto)
 
@@ -102,6 +106,7 @@ def _(
     width: int,
     onto: Tensor | None = None,
     path: str = "dense",
+    ranks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     shape = (0,) if A is None else (x.shape[0], A.shape[0])
     if A is not None and index is not None and path in CHOSEN and core is None and A.shape[0] == B.shape[1]:
@@ -124,6 +129,7 @@ def routed_lora_backward(
     width: int,
     need: list[bool],
     path: str = "dense",
+    ranks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, A, B, weight, core); those not needed come back empty."""
     _only_dense(x, path)
@@ -144,6 +150,7 @@ def _(
     width: int,
     need: list[bool],
     path: str = "dense",
+    ranks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if path == "compiled":
         return cpu.backward(dy, x, A, B, scale, weight, index, core, h, width, need)
@@ -165,9 +172,10 @@ def _(
     width: int,
     need: list[bool],
     path: str = "dense",
+    ranks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if cuda.machine(x, A, B, scale, weight, core) == "cuda":
-        return cuda.backward(dy, x, A, B, scale, weight, index, core, h, width, need, path)
+        return cuda.backward(dy, x, A, B, scale, weight, index, core, h, width, need, path, ranks)
     _only_dense(x, path)
     return reference.backward(dy, x, A, B, scale, weight, index, core, h, width, need)
 
@@ -186,6 +194,7 @@ def _(
     width: int,
     need: list[bool],
     path: str = "dense",
+    ranks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like(tensor: Tensor | None, wanted: bool) -> Tensor:
         return x.new_empty(tensor.shape, dtype=tensor.dtype) if wanted and tensor is not None else x.new_empty(0)
@@ -194,22 +203,23 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, A, B, scale, weight, index, core, width, onto, path = inputs
+    x, A, B, scale, weight, index, core, width, onto, path, ranks = inputs
     ctx.width, ctx.path, ctx.added = width, path, onto is not None
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # h has no gradient, and zeros for it would be as large as h
-    ctx.save_for_backward(x, A, B, scale, weight, index, core, output[1])
+    ctx.save_for_backward(x, A, B, scale, weight, index, core, ranks, output[1])
 
 
 def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:  # y took no part in what is differentiated
         return (None,) * 10
-    x, A, B, scale, weight, index, core, h = ctx.saved_tensors
+    x, A, B, scale, weight, index, core, ranks, h = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     need = [wanted[0], wanted[1] and A is not None, wanted[2], wanted[4], wanted[6]]
-    grads = routed_lora_backward(dy.contiguous(), x, A, B, scale, weight, index, core, h, ctx.width, need, ctx.path)
+    given = (dy.contiguous(), x, A, B, scale, weight, index, core, h, ctx.width, need, ctx.path, ranks)
+    grads = routed_lora_backward(*given)
     dx, dA, dB, dweight, dcore = (grad if asked else None for grad, asked in zip(grads, need, strict=True))
-    return dx, dA, dB, None, dweight, None, dcore, None, dy if ctx.added and wanted[8] else None, None
+    return dx, dA, dB, None, dweight, None, dcore, None, dy if ctx.added and wanted[8] else None, None, None
 
 
 routed_lora.register_autograd(_backward, setup_context=_setup_context)
@@ -227,7 +237,8 @@ def apply(x: Tensor, factors: Factors, route: Route, onto: Tensor | None = None,
     """
     width = factors.B.shape[1] // route.units
     given = (x, factors.A, factors.B, factors.scale, route.weight, route.index, factors.core, width)
-    return routed_lora(*given, onto, path or path_of(*given, onto))[0]
+    ranks = factors.ranks if factors.ranks is not None and factors.ranks.shape[0] == route.units else None
+    return routed_lora(*given, onto, path or path_of(*given, onto), ranks)[0]
 
 
 def path_of(

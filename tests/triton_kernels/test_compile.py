@@ -77,7 +77,7 @@ def compiled(one: Launch, capability: int, folder: Path) -> tuple[int, int]:
     text.write_text(made.asm["ptx"])
     arch = f"sm_{capability}{'a' if capability == 90 else ''}"
     said = subprocess.run(
-        [assembler, "-v", f"-arch={arch}", text, "-o", os.devnull], capture_output=True, text=True, check=True
+        [assembler, "-v", f"-arch={arch}", text, "-o", folder / "kernel.cubin"], capture_output=True, text=True, check=True
     ).stderr
     spilled = re.search(r"(\d+) bytes spill stores", said)
     assert spilled is not None, said

@@ -262,6 +262,20 @@ def test_units_of_lower_rank_are_cut_at_it() -> None:
     assert (dA[dead.flatten()] == 0).all()
 
 
+def test_the_operator_leaves_out_ranks_that_are_not_in_use() -> None:
+    case = make("blocks", T=30, D=20, out=18, units=3, r=20, k=2)
+    ranks = torch.tensor([20, 5, 1], dtype=torch.int32, device=DEVICE)
+    dead = torch.cat([torch.arange(20) >= rank for rank in ranks.tolist()])
+    case["A"][dead], case["B"][:, dead] = 0, 0
+    case = cast(case)
+    *tensors, width = arguments(case)
+    y, h = cuda.forward(*tensors, width, None, "sorted", ranks)
+    grads = cuda.backward(upstream(case), *tensors, h, width, needed(case), "sorted", ranks)
+    whole = kernels(case, "sorted")
+    for key, value in {"y": y, "h": h, **dict(zip(GRADS, grads, strict=True))}.items():
+        torch.testing.assert_close(value, whole[key], rtol=1e-6, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+
+
 @pytest.mark.parametrize("kernel", ["shrink", "expand", "outer"])
 def test_every_call_that_is_tuned_runs(kernel: str) -> None:
     config = next(tune.candidates(kernel, 16, True))
