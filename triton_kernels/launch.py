@@ -27,7 +27,8 @@ class Config:
 def start(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], config: Config, **constants: Any) -> None:
     """Run a kernel over a grid; an empty one is nothing to do."""
     if 0 not in grid:
-        kernel[grid](*arguments, **constants, num_warps=config.warps, num_stages=config.stages)
+        with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, wherever the tensors are
+            kernel[grid](*arguments, **constants, num_warps=config.warps, num_stages=config.stages)
 
 
 def padded(ranks: int, least: int = 16) -> int:

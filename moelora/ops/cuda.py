@@ -61,7 +61,7 @@ def forward(
     ranks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.forward``; h is float32, on the paths ``sorted`` and ``gather`` [T, k * width]."""
-    kernels, kit = _kernels(), Kit(x)
+    kernels, kit = _kernels(), _kit(x)
     weight, index, core = _packed(weight), _packed(index), _packed(core)
     if path == "dense":
         h = x.contiguous() if A is None else kernels.shrink.shrink(x, A, kit.config("shrink", A.shape[0]))
@@ -117,7 +117,7 @@ def _dense_backward(
     width: int,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kernels, kit = _kernels(), Kit(dy)
+    kernels, kit = _kernels(), _kit(dy)
     need_x, need_A, need_B, need_weight, need_core = need
     dx, dA, dB, dweight, dcore = (x.new_empty(0) for _ in need)
     if need_B:
@@ -157,7 +157,7 @@ def _sorted_backward(
     need: list[bool],
     ranks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kernels, kit = _kernels(), Kit(dy)
+    kernels, kit = _kernels(), _kit(dy)
     need_x, need_A, need_B, need_weight, _ = need
     dx, dA, dB, dweight, dcore = (x.new_empty(0) for _ in need)
     segments = kernels.sort.sort_tokens(index, A.shape[0] // width, kit.config("shrink", width).rows)
@@ -185,21 +185,29 @@ def project(x: Tensor, weights: list[Tensor]) -> Tensor:
     """x [W1, W2, ...]^T [T, N] float32, from one read of x."""
     first = weights[0] if len(weights) < 3 else torch.cat([w.to(x.dtype) for w in weights])
     second = weights[1] if len(weights) == 2 else None
-    out: Tensor = _kernels().shrink.shrink(x, first, Kit(x).config("shrink", first.shape[0]), second)
+    out: Tensor = _kernels().shrink.shrink(x, first, _kit(x).config("shrink", first.shape[0]), second)
     return out
 
 
 class Kit:
-    """Block sizes for tensors like x."""
+    """Block sizes for tensors of one device and dtype."""
 
-    def __init__(self, x: Tensor) -> None:
-        self.single, self.capability = x.dtype == torch.float32, _capability(x.device)
-        self.rows = {}
-        if x.device.type == "cuda":
-            self.rows = _kernels().table.tuned(_kernels().table.tuned_file(torch.cuda.get_device_name(x.device)))
+    def __init__(self, device: torch.device, single: bool) -> None:
+        self.single, self.capability = single, _capability(device)
+        table = _kernels().table
+        self.rows = table.tuned(table.tuned_file(torch.cuda.get_device_name(device))) if device.type == "cuda" else {}
 
     def config(self, kernel: str, ranks: int) -> Any:
         return _kernels().table.pick(kernel, self.single, ranks, self.capability, self.rows)
+
+
+@functools.cache
+def _cached_kit(device: torch.device, single: bool) -> Kit:
+    return Kit(device, single)
+
+
+def _kit(x: Tensor) -> Kit:
+    return _cached_kit(x.device, x.dtype == torch.float32)
 
 
 def _mixed(

@@ -77,7 +77,10 @@ def compiled(one: Launch, capability: int, folder: Path) -> tuple[int, int]:
     text.write_text(made.asm["ptx"])
     arch = f"sm_{capability}{'a' if capability == 90 else ''}"
     said = subprocess.run(
-        [assembler, "-v", f"-arch={arch}", text, "-o", folder / "kernel.cubin"], capture_output=True, text=True, check=True
+        [assembler, "-v", f"-arch={arch}", text, "-o", folder / "kernel.cubin"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stderr
     spilled = re.search(r"(\d+) bytes spill stores", said)
     assert spilled is not None, said
@@ -120,6 +123,7 @@ def test_no_registers_are_spilled_and_shared_memory_suffices(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(cuda, "_capability", lambda _: capability)
+    cuda._cached_kit.cache_clear()
     *tensors, ranks = operands(form, width, dtype, k)
     y, h = cuda.forward(*tensors, ranks, torch.empty_like(tensors[0]), path)
     need = [True, True, True, True, form == "core"]
@@ -148,6 +152,7 @@ def test_scores_fit_beside_every_width(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(cuda, "_capability", lambda _: capability)
+    cuda._cached_kit.cache_clear()
     empty = [torch.empty(n, 4096, dtype=dtype, device="meta") for n in (16384, ranks, 16)]
     assert cuda.project(empty[0], empty[1:]).shape == (16384, ranks + 16)
     shared, spilled = compiled(launches[0], capability, tmp_path)
