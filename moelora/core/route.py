@@ -7,15 +7,14 @@ down to single ranks), k chosen units.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """What each token mixes.
+class Route(NamedTuple):
+    """What each token mixes. A tuple, since that is what engines look for tensors in when a module gives it back.
 
     weight: [T, k] gates of the chosen units, or [T, G] gates of all units when ``index`` is None; float32
         (float64 in a float64 model), differentiable.
@@ -28,7 +27,7 @@ class Route:
 
     weight: Tensor
     units: int
-    index: Tensor | None = None
+    index: Tensor | None = None  # type: ignore[assignment]
     logits: Tensor | None = None
     probs: Tensor | None = None
     margin: Tensor | None = None

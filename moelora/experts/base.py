@@ -101,7 +101,7 @@ class Experts(ExactBuffers, ABC):
         kept = route.weight * (here if route.index is None else here[route.index])
         whole, left = route.weight.sum(-1, keepdim=True), kept.sum(-1, keepdim=True)
         nothing = left == 0
-        return replace(route, weight=kept * (whole / left.masked_fill(nothing, 1)).masked_fill(nothing, 1))
+        return route._replace(weight=kept * (whole / left.masked_fill(nothing, 1)).masked_fill(nothing, 1))
 
     def beside(self, route: Route, y: Tensor) -> Tensor | None:
         """What the experts add besides their low-rank update, [T, O], from the base layer's output y [T, O].

@@ -69,3 +69,10 @@ def test_top_k_equals_sorting_in_python(rows: list[list[int]], k: int) -> None:
 
 def test_top_k_of_no_tokens() -> None:
     assert top_k(torch.zeros(0, 5), 2).shape == (0, 2)
+
+
+def test_engines_find_the_tensors_of_a_route() -> None:
+    # DeepSpeed hooks what modules give back where it is a tensor, or a tuple of them, and refuses other values.
+    route = Route(torch.ones(2, 3), 3, probs=torch.ones(2, 3))
+    assert isinstance(route, tuple) and type(route)(*route) == route
+    assert [type(part).__name__ for part in route] == ["Tensor", "int", "NoneType", "NoneType", "Tensor", "NoneType"]
