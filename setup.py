@@ -2,8 +2,8 @@
 
 The C++ kernels (csrc/) are built against the torch of the building environment, so pip needs --no-build-isolation.
 MOELORA_BUILD, read here and nowhere else: auto (the default) builds them where a compiler and torch are found and goes
-on without them otherwise, 1 fails without them, 0 leaves them out. The result serves every torch from 2.10 on and every
-Python from 3.10 on.
+on without them otherwise, 1 fails without them (so use it for a wheel to publish), 0 leaves them out. The result serves
+every torch from 2.10 on and every Python from 3.10 on.
 """
 
 import importlib.util
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
 
 HERE = Path(__file__).parent
 FOLDERS = ("recipes", "triton_kernels")
@@ -100,6 +101,11 @@ class BuildKernels(build_ext):
         self.compiler._compile = with_flags
         try:
             super().build_extension(extension)
+        except (CompileError, LinkError) as error:
+            if not extension.optional:
+                raise SystemExit(f"MOELORA_BUILD=1: the C++ kernels cannot be built: {error}") from None
+            print("moelora: the C++ kernels cannot be built; all works without them, on CPUs slower", file=sys.stderr)
+            raise  # setuptools goes on without an optional extension
         finally:
             self.compiler._compile = compile_one
 

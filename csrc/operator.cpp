@@ -21,7 +21,6 @@ using torch::stable::Tensor;
 
 void parallel(int64_t tasks, int64_t cost, const std::function<void(int64_t, int64_t)>& work) {
   constexpr int64_t WORTH = 32 * 1024;  // numbers per thread below which another thread costs more than it saves
-  if (tasks == 0) return;
   torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, WORTH / std::max<int64_t>(1, cost)), work);
 }
 
@@ -142,7 +141,7 @@ std::tuple<Tensor, Tensor> cpu_forward(Tensor x, std::optional<Tensor> A, Tensor
   std::vector<int64_t> shape = A ? std::vector<int64_t>{p.tokens, p.h_columns()} : std::vector<int64_t>{0};
   Tensor h = torch::stable::new_empty(x, shape, ScalarType::Float);
   float* image = A ? static_cast<float*>(h.mutable_data_ptr()) : nullptr;
-  forward(p, start, rows_of(y, p.outputs), image, memory);
+  if (p.tokens > 0) forward(p, start, rows_of(y, p.outputs), image, memory);
   return {y, h};
 }
 
@@ -157,22 +156,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_backward(Tensor dy, Tenso
   const Matrix upstream = inputs.matrix("dy", dy, p.tokens, p.outputs);
   const float* image = A ? inputs.flat<float>("h", h, {p.tokens, p.h_columns()}, ScalarType::Float) : nullptr;
   TorchWorkspace memory(x);
-  const auto like = [&](const Tensor* tensor, int bit) {
-    if (tensor == nullptr || ((need >> bit) & 1) == 0) return torch::stable::new_empty(x, {0});
-    const auto sizes = tensor->sizes();
-    return torch::stable::new_empty(*tensor, std::vector<int64_t>(sizes.begin(), sizes.end()));
-  };
-  Tensor dx = like(&x, 0), dA = like(A ? &*A : nullptr, 1), dB = like(&B, 2), dweight = like(&weight, 3);
-  Tensor dcore = like(core ? &*core : nullptr, 4);
-  const auto target = [&](const Tensor& tensor, int bit, int64_t stride) {
-    return ((need >> bit) & 1) != 0 ? rows_of(tensor, stride) : Target{nullptr, false, 0};
-  };
   Gradients to{};
-  to.x = target(dx, 0, p.inputs), to.B = target(dB, 2, p.columns);
-  if (A) to.A = target(dA, 1, p.inputs);
-  if (core) to.core = target(dcore, 4, p.ranks);
-  to.weight = static_cast<float*>(target(dweight, 3, 0).data);
-  backward(p, upstream, image, to, memory);
+  Target gates{};
+  // The gradient of a tensor, empty where it is not asked for; the kernels find it in `target`.
+  const auto gradient = [&](const std::optional<Tensor>& of, int bit, int64_t stride, Target& target) {
+    if (!of || ((need >> bit) & 1) == 0) return torch::stable::new_empty(x, {0});
+    const auto sizes = of->sizes();
+    Tensor made = torch::stable::new_empty(*of, std::vector<int64_t>(sizes.begin(), sizes.end()));
+    target = rows_of(made, stride);
+    return p.tokens == 0 ? torch::stable::zero_(made) : made;
+  };
+  Tensor dx = gradient(x, 0, p.inputs, to.x), dA = gradient(A, 1, p.inputs, to.A);
+  Tensor dB = gradient(B, 2, p.columns, to.B), dweight = gradient(weight, 3, p.k, gates);
+  Tensor dcore = gradient(core, 4, p.ranks, to.core);
+  to.weight = static_cast<float*>(gates.data);
+  if (p.tokens > 0) backward(p, upstream, image, to, memory);
   return {dx, dA, dB, dweight, dcore};
 }
 

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t BLOCK = Plan::BLOCK;
 
-int64_t blocks_of(int64_t tokens) { return std::max<int64_t>(1, (tokens + BLOCK - 1) / BLOCK); }
+int64_t blocks_of(int64_t tokens) { return (tokens + BLOCK - 1) / BLOCK; }
 
 // Runs work(block, token) for all tokens, those of a block one after the other. A block has counters of its own, so
 // blocks need no locks.
@@ -64,7 +64,7 @@ Plan chosen(const int64_t* index, int64_t tokens, int64_t k, int64_t units, Work
     fresh[*std::min_element(place + t * k, place + (t + 1) * k)] = 1;
   });
   // Two pairs of one row of y could be in one tile of a product, which then loses one of them.
-  if (twice) throw std::runtime_error("moelora: index names a unit twice for one token; the units of a token are distinct");
+  if (twice) throw std::runtime_error("moelora: index names a unit twice for one token");
   return {tokens, units, blocks, row, fresh, begin, place, index};
 }
 

@@ -7,7 +7,7 @@ namespace moelora {
 
 // Pairs (token, unit), sorted by unit and within a unit by token. The tokens are also cut into blocks: unit `u` has its
 // pairs of block `b` at begin[u * blocks + b] up to begin[u * blocks + b + 1], so the pairs of a unit are contiguous.
-// Everything here follows from shapes and indices alone, never from the number of threads.
+// There is at least one token. Everything here follows from shapes and indices alone, never from the number of threads.
 struct Plan {
   static constexpr int64_t BLOCK = 64;  // tokens of a block
   int64_t tokens, units, blocks;

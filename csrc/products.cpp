@@ -35,7 +35,7 @@ std::unique_ptr<float, Free> buffer(int64_t count) {
 // tokens for each of them; it must also be small, so that its part of x or y stays near between units.
 struct Cut {
   Cut(const Plan& plan, int64_t pairs_per_unit) : plan(plan) {
-    const int64_t k = std::max<int64_t>(1, plan.pairs() / std::max<int64_t>(1, plan.tokens));
+    const int64_t k = plan.pairs() / plan.tokens;
     blocks = std::clamp<int64_t>(tiles(pairs_per_unit * plan.units / k, Plan::BLOCK), 1, 1024 / Plan::BLOCK);
     tokens = blocks * Plan::BLOCK;
     count = tiles(plan.blocks, blocks);
@@ -152,7 +152,7 @@ namespace {
 void up_narrow(const float* u, const Factor& w, const Plan& plan, int64_t width, int64_t columns, const Matrix& onto,
                const Target& y) {
   const int64_t stretches = tiles(columns, PANEL), ranks = plan.units * width;
-  const int64_t k = plan.pairs() / std::max<int64_t>(1, plan.tokens), tasks = stretches * plan.blocks;
+  const int64_t k = plan.pairs() / plan.tokens, tasks = stretches * plan.blocks;
   parallel(tasks, plan.pairs() * width * columns / tasks, [&](int64_t begin, int64_t end) {
     const auto panel = buffer(ranks * PANEL), wide = buffer(PANEL), gates = buffer(k * width);
     const auto rows = std::make_unique<int64_t[]>(static_cast<size_t>(k * width));

@@ -9,7 +9,7 @@ enum class Mix { blocks, shared, core };
 
 struct Problem {
   Mix mix;
-  int64_t tokens, inputs, outputs;  // T, D, O
+  int64_t tokens, inputs, outputs;  // T, D, O; none is 0
   int64_t ranks, columns;           // R (of h), C (of B)
   int64_t units, width, k;          // G; columns of B per unit (a core has R); choices per token, G for dense gates
   Matrix x, A, B, core;             // [T, D]; [R, D] or null, then x is h; [O, C]; [G * R, R] or null

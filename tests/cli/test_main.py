@@ -26,7 +26,8 @@ def run(*arguments: str, code: int = 0, typed: str | None = None) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["ablate"], ["eval"], ["generate"], ["methods"], ["recipes", "ls"], ["recipes", "cp"]]
+    "command",
+    [[], ["train"], ["ablate"], ["eval"], ["generate"], ["methods"], ["env"], ["recipes", "ls"], ["recipes", "cp"]],
 )
 def test_every_command_has_help(command: list[str]) -> None:
     assert "Usage:" in run(*command, "--help")

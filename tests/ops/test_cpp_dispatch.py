@@ -192,14 +192,22 @@ def test_a_level_that_the_machine_lacks_is_not_taken() -> None:
     assert cpu.status() in ("portable", "AVX2", "AVX-512")
 
 
-@pytest.mark.parametrize(("wish", "said"), [("maybe", "it can be auto, 0 or 1"), ("0", "moelora")])
-def test_the_build_switch(wish: str, said: str) -> None:
-    top = pathlib.Path(__file__).parents[2]
+@pytest.mark.parametrize(
+    ("wish", "fails", "said"),
+    [
+        ("maybe", True, "MOELORA_BUILD is 'maybe'; it can be auto, 0 or 1"),
+        ("0", False, ""),
+        ("auto", False, "the C++ kernels cannot be built; all works without them"),
+        ("1", True, "MOELORA_BUILD=1: the C++ kernels cannot be built: "),
+    ],
+)
+def test_the_build_switch_without_a_compiler(wish: str, fails: bool, said: str, tmp_path: pathlib.Path) -> None:
     ran = subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "--name"],
-        cwd=top,
-        env={**os.environ, "MOELORA_BUILD": wish},
+        [sys.executable, "setup.py", "--quiet", "build_ext", f"--build-temp={tmp_path}", f"--build-lib={tmp_path}"],
+        cwd=pathlib.Path(__file__).parents[2],
+        env={**os.environ, "MOELORA_BUILD": wish, "CC": "false", "CXX": "false"},
         capture_output=True,
         text=True,
     )
-    assert said in ran.stdout + ran.stderr and (ran.returncode == 0) == (wish == "0")
+    assert said in ran.stderr and (ran.returncode != 0) is fails
+    assert ("C++ kernels" in ran.stderr) is (wish in ("auto", "1")) and not list(tmp_path.rglob("*.so"))
