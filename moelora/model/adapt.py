@@ -14,7 +14,7 @@ from moelora.core.errors import ConfigError
 from moelora.core.methods import Methods
 from moelora.model.adapters import fill_experts, full_modules, is_lora
 from moelora.model.config import AdapterConfig, build_init, build_losses, build_sites, find_sites, resolve, routed_sites
-from moelora.model.fellows import introduce
+from moelora.model.fellows import groups
 from moelora.model.ffn import block_layers
 from moelora.model.inputs import two_streams
 from moelora.model.layer import RoutedLinear
@@ -102,7 +102,8 @@ def attach(
         layers[site.name] = layer.train(base_layer.training)
     start(layers)
     if record.router.around == "linear" and not two_streams(model):  # cross-attention's projections read two streams
-        introduce(list(layers.values()))
+        for paths in groups(layers):
+            layers[paths[0]].fellows = tuple(layers[path].fellow() for path in paths)
 
     model.requires_grad_(False)  # the model has not been touched so far; from here on nothing can fail
     for name, layer in layers.items():

@@ -7,59 +7,71 @@ same, for each row of the stacked factors is a product of its own; and the gradi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
 
 from torch import Tensor, nn
 
 from moelora.core.tape import Tape
+from moelora.experts.base import Experts
 from moelora.ops import routed_lora
 from moelora.ops.project import Image, project
-
-if TYPE_CHECKING:
-    from moelora.model.layer import RoutedLinear
+from moelora.routers.base import Router
 
 READERS: Final = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 """Names of children of one module that are called with one tensor, in the order of their calls."""
 
 
-def introduce(layers: list[RoutedLinear]) -> None:
-    """Make the layers known to each other that read the same tokens."""
-    by_name = {layer.site.name: layer for layer in layers}
-    for parent in dict.fromkeys(layer.site.parent for layer in layers):
-        for names in READERS:
-            group = [by_name[path] for name in names if (path := f"{parent}.{name}") in by_name]
-            if len(group) > 1:
-                group[0].fellows = tuple(group)
+@dataclass(frozen=True, slots=True)
+class Fellow:
+    """What one of them reads tokens for. index: of its site."""
+
+    index: int
+    experts: Experts
+    router: Router
+    dropout: nn.Dropout
+
+    def may_share(self, tokens: Tensor) -> bool:
+        """Whether it maps all tokens first, unchanged by dropout, with factors that lie whole in their module."""
+        if self.dropout.training and self.dropout.p:
+            return False
+        factors = self.experts.factors()
+        if type(factors.A) is not nn.Parameter or hasattr(factors.A, "ds_id"):
+            return False
+        return routed_lora.maps_first(tokens, factors)
+
+    def weights(self) -> list[Tensor]:
+        """A [R, D] and, of a router that scores tokens by one, its factor [G, D]."""
+        A = self.experts.factors().A
+        assert A is not None
+        return [A] if self.router.scores is None else [A, self.router.get_parameter(self.router.scores)]
 
 
-def image_of(layer: RoutedLinear, x: Tensor, tokens: Tensor, tape: Tape) -> Image:
-    """The tokens [T, D] of a layer called with x [..., D], and what was read of them for it."""
-    given, image = tape.images.pop(layer.site.index, (None, None))
+def groups(names: Iterable[str]) -> list[list[str]]:
+    """The paths, of those given, that read the same tokens: the first to be called comes first."""
+    given = list(names)
+    parents = dict.fromkeys(name.rpartition(".")[0] for name in given)
+    found = [
+        [path for child in children if (path := f"{parent}.{child}") in given]
+        for parent in parents
+        for children in READERS
+    ]
+    return [paths for paths in found if len(paths) > 1]
+
+
+def image_of(index: int, fellows: tuple[Fellow, ...], x: Tensor, tokens: Tensor, tape: Tape) -> Image:
+    """The tokens [T, D] of a site called with x [..., D], and what was read of them for it.
+
+    fellows: of the first of a group, all of them, itself included.
+    """
+    given, image = tape.images.pop(index, (None, None))
     if image is not None and given is x:
         return image
-    group = layer.fellows if layer.port.tape is tape else ()
-    if not group or not all(_may_share(fellow, tokens) for fellow in group):
+    if not fellows or not all(fellow.may_share(tokens) for fellow in fellows):
         return Image(tokens)
-    weights = {fellow.site.index: _weights(fellow) for fellow in group}
-    wanted = list({id(weight): weight for own in weights.values() for weight in own}.values())
-    known = list(zip(wanted, project(tokens, wanted), strict=True))
-    for index in weights:
-        tape.images[index] = x, Image(tokens, known)
-    return tape.images.pop(layer.site.index)[1]
-
-
-def _weights(layer: RoutedLinear) -> list[Tensor]:
-    A = layer.experts.factors().A
-    assert A is not None
-    scores = layer.router.scores
-    return [A] if scores is None else [A, layer.router.get_parameter(scores)]
-
-
-def _may_share(layer: RoutedLinear, tokens: Tensor) -> bool:
-    """Whether the layer maps all its tokens first, unchanged by dropout, with factors that lie whole in its module."""
-    if layer.training and layer.dropout.p:
-        return False
-    factors = layer.experts.factors()
-    if type(factors.A) is not nn.Parameter or hasattr(factors.A, "ds_id"):
-        return False
-    return routed_lora.maps_first(tokens, factors)
+    weights = list({id(weight): weight for fellow in fellows for weight in fellow.weights()}.values())
+    known = list(zip(weights, project(tokens, weights), strict=True))
+    for fellow in fellows:
+        tape.images[fellow.index] = x, Image(tokens, known)
+    return tape.images.pop(index)[1]

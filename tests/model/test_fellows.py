@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -91,7 +92,7 @@ def test_dropout_keeps_layers_apart(reads: list[tuple[int, ...]]) -> None:
 def test_other_tokens_than_the_first_fellows_are_read_anew() -> None:
     model = adapted()
     layer = next(layer for layer in routed_layers(model) if layer.fellows)
-    _, second, *_ = layer.fellows
+    second = next(other for other in routed_layers(model) if other.site.index == layer.fellows[1].index)
     one, two = (torch.randn(1, 4, tiny.HIDDEN, dtype=DTYPE) for _ in range(2))
     expected = second(two)
     with model.moelora.port.on(Tape()):
@@ -110,3 +111,15 @@ def test_gradient_checkpointing_reads_once_in_each_pass(reads: list[tuple[int, .
     assert len(reads) == 2 * first
     for key, value in plain.items():
         torch.testing.assert_close(again[key], value, rtol=1e-10, atol=1e-12)
+
+
+def test_the_fellows_of_a_copy_are_the_copys() -> None:
+    model = adapted()
+    other = copy.deepcopy(model)
+    experts = {id(layer.experts) for layer in routed_layers(other)}
+    assert all(id(fellow.experts) in experts for layer in routed_layers(other) for fellow in layer.fellows)
+    with torch.no_grad():
+        for layer in routed_layers(other):
+            layer.experts.lora_A += 1
+    assert not torch.allclose(other(**tiny.batch()).logits, model(**tiny.batch()).logits)
+    torch.testing.assert_close(other(**tiny.batch()).logits, alone(other)(**tiny.batch()).logits)
