@@ -20,12 +20,12 @@ from moelora.io.folder import read_manifest
 from moelora.model.base import base_source
 from moelora.model.save import load
 from moelora.recipe import Recipe, check_recipe, read_recipe
-from moelora.tools.condense import FITS, Batches
 from moelora.tools.export import export_dense, export_lora, export_merged, export_peft, export_vllm
-from moelora.tools.folder import Export, refuse_taken
-from moelora.tools.hollow import hollow_base
-from moelora.tools.plain import constant_gates
-from moelora.tools.shards import base_folder
+from moelora.tools.export.condense import FITS, Batches
+from moelora.tools.export.folder import Export, refuse_taken
+from moelora.tools.export.hollow import hollow_base
+from moelora.tools.export.plain import constant_gates
+from moelora.tools.export.shards import base_folder
 from moelora.train.run import RECIPE, build_trainer, load_base, revision_of
 
 TARGETS = ("peft", "merged", "lora", "vllm")

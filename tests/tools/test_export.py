@@ -12,12 +12,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-import moelora.tools.folder as writing
+import moelora.tools.export.folder as writing
 from moelora.core.errors import AdapterError, ConfigError, DataError, OutputError
 from moelora.core.route import Route
 from moelora.model.record import routed_layers
 from moelora.tools.export import VLLM_RANKS, Export, export_lora, export_peft, export_vllm
-from moelora.tools.plain import by_task, constant_gates
+from moelora.tools.export.plain import by_task, constant_gates
 from tests import tiny
 from tests.adapters import base as biased
 from tests.adapters import mixture, peft_folder
@@ -360,8 +360,11 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
 def test_experts_that_do_more_than_their_factors_say_are_noticed(export: Any, tmp_path: Path) -> None:
     model = tiny.adapted("llama", "static")
     for layer in routed_layers(model):
-        own = layer.experts.forward
-        layer.experts.forward = lambda x, *more, own=own: 1.001 * own(x, *more)
+
+        def more(x: Any, decide: Any, own: Any = layer.experts.forward, onto: Any = None, **known: Any) -> Any:
+            return (0 if onto is None else onto) + 1.001 * own(x, decide, **known)
+
+        layer.experts.forward = more
     with pytest.raises(AdapterError, match=r"_proj: what was written is 0\.000999 off the model"):
         export(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

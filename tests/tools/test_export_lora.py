@@ -14,10 +14,10 @@ from torch import Tensor
 import moelora
 from moelora.core.errors import ConfigError, DataError
 from moelora.model.record import routed_layers
-from moelora.tools.condense import candidates, predictions, replaced
 from moelora.tools.export import export_lora
-from moelora.tools.measure import measure
-from moelora.tools.plain import PlainLoRA, constant_gates
+from moelora.tools.export.condense import candidates, predictions, replaced
+from moelora.tools.export.measure import measure
+from moelora.tools.export.plain import PlainLoRA, constant_gates
 from tests import tiny
 from tests.adapters import mixture, peft_folder
 

@@ -34,10 +34,10 @@ from moelora.core.errors import AdapterError, ConfigError, MoeloraError, OutputE
 from moelora.model.layer import RoutedLinear
 from moelora.model.record import routed_layers
 from moelora.tools.export import export_dense, export_lora, export_merged
-from moelora.tools.hollow import hollow_base
-from moelora.tools.merge import merge
-from moelora.tools.plain import by_task, constant_gates
-from moelora.tools.shards import base_folder
+from moelora.tools.export.hollow import hollow_base
+from moelora.tools.export.merge import merge
+from moelora.tools.export.plain import by_task, constant_gates
+from moelora.tools.export.shards import base_folder
 from tests import tiny
 from tests.adapters import base as biased
 from tests.adapters import choose, mixture, peft_folder
@@ -279,7 +279,7 @@ def test_files_in_a_layout_of_their_own_are_refused(tmp_path: Path, monkeypatch:
     base, model = saved(tmp_path / "base", "llama"), tiny.adapted("llama", "static")
     swapped = WeightConverter("self_attn.v_proj.weight", ["self_attn.v_proj.weight"], operations=[Chunk(dim=0)])
     monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda model: [swapped])
-    with pytest.raises(AdapterError, match=r"v_proj.weight' by more than a new name.*moelora.tools.merge.merge"):
+    with pytest.raises(AdapterError, match=r"v_proj.weight' by more than a new name.*moelora.tools.export.merge.merge"):
         export_merged(model, tmp_path / "out", base)
 
 

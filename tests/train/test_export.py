@@ -19,7 +19,7 @@ from moelora.cli.main import app
 from moelora.core.errors import AdapterError, ConfigError, DataError, OutputError
 from moelora.data import builtin
 from moelora.recipe import check_recipe
-from moelora.tools.hollow import hollow_base
+from moelora.tools.export.hollow import hollow_base
 from moelora.train.export import export_folder, probe_batches
 from moelora.train.run import RECIPE, load_base
 from tests import tiny

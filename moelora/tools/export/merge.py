@@ -22,8 +22,8 @@ from moelora.model.layer import RoutedLinear
 from moelora.model.record import adaptation, routed_layers
 from moelora.model.saved import TrainedCopy
 from moelora.model.sources import bias_of
-from moelora.tools.plain import constant_gates, fold, random_tokens, routed
-from moelora.tools.shards import PLAIN, Shards
+from moelora.tools.export.plain import constant_gates, fold, random_tokens, routed
+from moelora.tools.export.shards import PLAIN, Shards
 
 ALTERNATIVES = (
     "--to lora writes one LoRA that comes near it and measures how near, --to peft and --to vllm write every expert by "

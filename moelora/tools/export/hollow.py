@@ -19,7 +19,7 @@ from moelora.core.methods import Methods
 from moelora.io.folder import Manifest, read_manifest
 from moelora.model.config import resolve
 from moelora.model.saved import find_saved
-from moelora.tools.shards import PLAIN, Shards
+from moelora.tools.export.shards import PLAIN, Shards
 
 
 def hollow_base(folder: Path, base: Path, name: str, plugins: Iterable[str | Path] = ()) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from moelora.core.errors import AdapterError, OutputError
 from moelora.model.record import adaptation, routed_layers
 from moelora.model.saved import saved_modules
 from moelora.model.write import SUFFIXES
-from moelora.tools.plain import PlainLoRA
+from moelora.tools.export.plain import PlainLoRA
 
 CONFIG, WEIGHTS, REPORT = "adapter_config.json", "adapter_model.safetensors", "export.json"
 PREFIX = "base_model.model."

@@ -1,13 +1,4 @@
-"""Exporting an adapted model for tools that know no routers: PEFT, transformers, vLLM.
-
-    export_peft     every expert a plain PEFT LoRA
-    export_merged   the base model with the experts merged into its weights; gates must not depend on the token
-    export_lora     one plain PEFT LoRA: exact where gates do not depend on the token, else near; how near is measured
-    export_vllm     LoRAs within vLLM's limits
-
-All write a new folder, whole or not at all, end with a check of what was written against the model, and leave the model
-as it was. ``moelora.train.export`` does the same for the folder of a run.
-"""
+"""The kinds of export, see the package. Each ends with a check of what was written against the model."""
 
 from __future__ import annotations
 
@@ -23,11 +14,11 @@ from torch import Tensor, nn
 from moelora.core.errors import AdapterError, ConfigError
 from moelora.model.record import adaptation, routed_layers
 from moelora.model.saved import saved_modules
-from moelora.tools.condense import Batches, candidates
-from moelora.tools.folder import REPORT, Export, new_folder, refuse_taken, source_of, write_lora, write_text
-from moelora.tools.measure import measure
-from moelora.tools.merge import deltas, merge_files, merge_weights
-from moelora.tools.plain import (
+from moelora.tools.export.condense import Batches, candidates
+from moelora.tools.export.folder import REPORT, Export, new_folder, refuse_taken, source_of, write_lora, write_text
+from moelora.tools.export.measure import measure
+from moelora.tools.export.merge import deltas, merge_files, merge_weights
+from moelora.tools.export.plain import (
     PlainLoRA,
     by_task,
     constant_gates,
@@ -38,7 +29,7 @@ from moelora.tools.plain import (
     refuse_more_than_lora,
     single_expert,
 )
-from moelora.tools.shards import Shards
+from moelora.tools.export.shards import Shards
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for max_lora_rank (besides 1)."""
@@ -121,7 +112,7 @@ def export_lora(
 
     Where gates depend on nothing but the task it is exact, of a rank up to the sum of the experts'. Else ``probe`` is
     needed: batches to fit on and others to measure on, each a mapping of the model's inputs. ``choice`` says which of
-    the two candidates of ``moelora.tools.condense`` is written; ``figures`` hold what was measured of both. Raises
+    the two candidates of ``export.condense`` is written; ``figures`` hold what was measured of both. Raises
     ConfigError, DataError, OutputError.
     """
     export = Export("lora", Path(folder), source_of(model), task)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from moelora.core.errors import DataError
 from moelora.model.layer import RoutedLinear
 from moelora.model.routed import disabled
-from moelora.tools.condense import Batches, Seen, predictions, replaced, watching
-from moelora.tools.plain import PlainLoRA
+from moelora.tools.export.condense import Batches, Seen, predictions, replaced, watching
+from moelora.tools.export.plain import PlainLoRA
 
 NOTHING = "no_adapter"
 

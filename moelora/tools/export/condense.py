@@ -29,7 +29,7 @@ from moelora.model.inputs import masks_of, two_streams
 from moelora.model.layer import RoutedLinear
 from moelora.model.record import routed_layers
 from moelora.ops import reference
-from moelora.tools.plain import PlainLoRA, fold
+from moelora.tools.export.plain import PlainLoRA, fold
 
 Batches = Iterable[Mapping[str, Any]]
 FITS = ("least_squares", "average")

@@ -85,7 +85,7 @@ class Shards:
         if converted:
             raise AdapterError(
                 f"{self.folder}: {key} becomes '{parameter}' by more than a new name when transformers loads it, so it "
-                "cannot be changed in its file; in Python, moelora.tools.merge.merge(model) merges in memory"
+                "cannot be changed in its file; in Python, moelora.tools.export.merge.merge(model) merges in memory"
             )
         return name, key
 
