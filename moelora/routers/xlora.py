@@ -95,8 +95,7 @@ class XLoRA(Router):
 
     def plan(self, hidden: Tensor) -> Tensor:
         """Logits and, after them on the layers' axis, their softmax: made once, not again in every layer."""
-        scores: Tensor = self.head(hidden)
-        logits = scores.unflatten(-1, (-1, self.num_experts))
+        logits: Tensor = self.head(hidden).unflatten(-1, (-1, self.num_experts))
         logits = logits / self.temperature if self.softmax else logits
         return torch.cat([logits, logits.softmax(-1)], -2)
 
@@ -117,6 +116,5 @@ class XLoRA(Router):
             index = view.once(lambda: top_k(scored, k))
             scalings = scalings.gather(1, index)
             scalings = scalings.softmax(-1) if self.softmax_topk else scalings
-        if self.global_scaling_weight != 1:
-            scalings = self.global_scaling_weight * scalings
-        return Route(scalings, self.num_experts, index, logits, probs)
+        weighted = scalings if self.global_scaling_weight == 1 else self.global_scaling_weight * scalings
+        return Route(weighted, self.num_experts, index, logits, probs)

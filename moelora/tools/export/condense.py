@@ -24,14 +24,18 @@ from torch import Tensor, nn
 from moelora.core.errors import DataError
 from moelora.core.factors import Factors
 from moelora.core.route import Route
+from moelora.experts.base import Decide
 from moelora.experts.merged import Merged
 from moelora.model.inputs import masks_of, two_streams
 from moelora.model.layer import RoutedLinear
 from moelora.model.record import routed_layers
 from moelora.ops import reference
+from moelora.ops.project import Image
 from moelora.tools.export.plain import PlainLoRA, fold
 
 Batches = Iterable[Mapping[str, Any]]
+Own = Callable[..., Tensor]
+"""The forward of a layer's experts."""
 FITS = ("least_squares", "average")
 
 
@@ -136,19 +140,19 @@ def predictions(model: Any, batch: Mapping[str, Any]) -> Tensor:
 @contextmanager
 def watching(model: nn.Module, batch: Mapping[str, Any], see: Callable[[RoutedLinear, Seen], None]) -> Iterator[None]:
     """Show every call of a layer's experts inside to ``see``: of a forward of ``batch``, its real tokens."""
-    masks, routes = masks_of(dict(batch)), dict[int, Route]()
+    masks = masks_of(dict(batch))
 
-    def before(layer: RoutedLinear, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, decide, *rest = args
+    def watch(
+        layer: RoutedLinear, own: Own, x: Tensor, decide: Decide, rest: tuple[Any, ...], image: Image | None
+    ) -> Tensor:
+        routes: list[Route] = []
 
-        def remembered(factors: Factors, h: Tensor | None) -> Route:
-            routes[layer.site.index] = decide(factors, h)
-            return routes[layer.site.index]
+        def remembered(factors: Factors, image: Image) -> Route:
+            routes.append(decide(factors, image))
+            return routes[0]
 
-        return (x, remembered, *rest)
-
-    def after(layer: RoutedLinear, _: nn.Module, args: tuple[Any, ...], update: Tensor) -> None:
-        given, route = args[0], routes[layer.site.index]
+        whole = own(x, remembered, *rest, image=image)
+        given, update, route = x, whole, routes[0]
         mask = masks.get(layer.site.stream)
         if mask is not None and mask.numel() == len(given):
             valid = mask.reshape(-1).to(given.device)
@@ -156,11 +160,12 @@ def watching(model: nn.Module, batch: Mapping[str, Any], see: Callable[[RoutedLi
             index = None if route.index is None else route.index[valid]
             route = Route(route.weight[valid], route.units, index)
         weight = route.weight.unsqueeze(-1)
-        x = given if given.dim() == 2 else (given * weight.to(given)).sum(1)
-        update = update if update.dim() == 2 else (update * weight.to(update)).sum(1)
-        see(layer, Seen(x, given, route, update))
+        mean = given if given.dim() == 2 else (given * weight.to(given)).sum(1)
+        summed = update if update.dim() == 2 else (update * weight.to(update)).sum(1)
+        see(layer, Seen(mean, given, route, summed))
+        return whole
 
-    with _hooks(model, before, after):
+    with _in_place_of_experts(model, watch):
         yield
 
 
@@ -168,28 +173,37 @@ def watching(model: nn.Module, batch: Mapping[str, Any], see: Callable[[RoutedLi
 def replaced(model: nn.Module, loras: Mapping[str, PlainLoRA]) -> Iterator[None]:
     """The model with one plain LoRA per layer in the place of its experts, whatever its router says."""
 
-    def after(layer: RoutedLinear, _: nn.Module, args: tuple[Any, ...], update: Tensor) -> Tensor:
-        lora, x = loras[layer.site.name], args[0]
-        if update.dim() == 3:  # the copies of a feed-forward block are all the same
-            return lora(x).unsqueeze(1).expand_as(update)
+    def alone(
+        layer: RoutedLinear, _: Own, x: Tensor, decide: Decide, rest: tuple[Any, ...], image: Image | None
+    ) -> Tensor:
+        lora, route = loras[layer.site.name], decide(layer.experts.anchored_factors(), image or Image(x))
+        if rest == ("each",):  # the copies of a feed-forward block are all the same
+            assert route.index is not None
+            return lora(x).unsqueeze(1).expand(-1, route.index.shape[1], -1)
         return lora(x if x.dim() == 2 else x[:, 0])
 
-    with _hooks(model, None, after):
+    with _in_place_of_experts(model, alone):
         yield
 
 
 @contextmanager
-def _hooks(model: nn.Module, before: Any, after: Any) -> Iterator[None]:
-    handles = []
-    for layer in routed_layers(model):
-        if before is not None:
-            handles.append(layer.experts.register_forward_pre_hook(partial(before, layer)))
-        handles.append(layer.experts.register_forward_hook(partial(after, layer)))
+def _in_place_of_experts(model: nn.Module, compute: Callable[..., Tensor]) -> Iterator[None]:
+    """``compute`` gives every layer's update inside; what it is added to is not its business."""
+    own = {layer: layer.experts.forward for layer in routed_layers(model)}
+
+    def forward(
+        layer: RoutedLinear, x: Tensor, decide: Decide, *rest: Any, onto: Tensor | None = None, image: Any = None
+    ) -> Tensor:
+        update = compute(layer, own[layer], x, decide, rest, image)
+        return update if onto is None else onto + update.to(onto.dtype)
+
+    for layer in own:
+        layer.experts.forward = partial(forward, layer)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for layer in own:
+            del layer.experts.forward
 
 
 def _solve(normal: Tensor, right: Tensor, start: Tensor) -> Tensor:
