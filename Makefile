@@ -26,8 +26,8 @@ lint: .venv/.installed  ## Check style, formatting and types
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-bench: .venv/.installed  ## Measure the operators; BENCH_ARGS="--help"
-	.venv/bin/python tests/bench/run.py $(BENCH_ARGS)
+bench: .venv/.installed  ## Measure layers and whole models into docs/bench/cpu.*; BENCH_ARGS="--help"
+	.venv/bin/python -m tests.bench.cpu --out docs/bench $(BENCH_ARGS)
 
 clean:  ## Remove build results, caches and out/quickstart; .venv and other results stay
 	rm -rf build dist *.egg-info out/quickstart .mypy_cache .ruff_cache .pytest_cache .hypothesis

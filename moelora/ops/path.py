@@ -62,6 +62,8 @@ def _compiled_pays(s: Shape, machine: Machine) -> bool:
         return s.k is not None and 4 * s.k <= s.units
     if s.k is not None and (2 * s.k <= s.units or (s.width >= 4 and 3 * s.k <= 2 * s.units)):
         return True
+    if s.tokens <= 64 and s.units * s.width <= 256:
+        return True  # one call in place of six: in decoding it is they that take the time
     if s.form == "core":
         return s.width <= (64 if s.half else 16)
     return s.units * s.width <= (32 if s.half else 16)

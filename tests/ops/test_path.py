@@ -51,6 +51,13 @@ def test_on_a_cpu(units: int, width: int, k: int | None, core: bool, half: bool,
     assert choose(shape, "torch") == "dense"
 
 
+@pytest.mark.parametrize(
+    ("tokens", "units", "path"), [(1, 8, "compiled"), (64, 8, "compiled"), (65, 8, "dense"), (1, 64, "dense")]
+)
+def test_a_few_tokens_are_one_call(tokens: int, units: int, path: str) -> None:
+    assert choose(replace(LAYER, tokens=tokens, units=units, k=None), "vector") == path
+
+
 @pytest.mark.parametrize(("units", "k", "path"), [(8, 2, "compiled"), (4, 2, "dense"), (1, None, "dense")])
 def test_without_vector_instructions_few_of_many_are_worth_it(units: int, k: int | None, path: str) -> None:
     assert choose(replace(LAYER, units=units, k=k), "portable") == path
