@@ -77,7 +77,7 @@ class Experts(ExactBuffers, ABC):
         if form != "tokens":
             apply = routed_lora.apply_each if form == "each" else routed_lora.apply_sum
             return apply(x, factors, decide(factors, image))
-        if factors.A is not None and routed_lora.maps_first(x, factors):
+        if factors.A is not None and image.first:
             image.beside(factors.A)
         route = decide(factors, image)
         h = image.known(factors.A)

@@ -103,7 +103,7 @@ def attach(
     start(layers)
     if record.router.around == "linear" and not two_streams(model):  # cross-attention's projections read two streams
         for paths in groups(layers):
-            layers[paths[0]].fellows = tuple(layers[path].fellow() for path in paths)
+            layers[paths[0]].fellows = tuple(layers[path].reader for path in paths)
 
     model.requires_grad_(False)  # the model has not been touched so far; from here on nothing can fail
     for name, layer in layers.items():

@@ -24,22 +24,24 @@ READERS: Final = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("g
 
 
 @dataclass(frozen=True, slots=True)
-class Fellow:
-    """What one of them reads tokens for. index: of its site."""
+class Reader:
+    """What a layer reads tokens for. index: of its site."""
 
     index: int
     experts: Experts
     router: Router
     dropout: nn.Dropout
 
+    def maps_first(self, tokens: Tensor) -> bool:
+        """Whether it wants h = A x of all its tokens, whatever they choose."""
+        return routed_lora.maps_first(tokens, self.experts.factors(), self.router.chosen)
+
     def may_share(self, tokens: Tensor) -> bool:
-        """Whether it maps all tokens first, unchanged by dropout, with factors that lie whole in their module."""
+        """Whether it wants them unchanged by dropout, with factors that lie whole in their module."""
         if self.dropout.training and self.dropout.p:
             return False
-        factors = self.experts.factors()
-        if type(factors.A) is not nn.Parameter or hasattr(factors.A, "ds_id"):
-            return False
-        return routed_lora.maps_first(tokens, factors)
+        A = self.experts.factors().A
+        return type(A) is nn.Parameter and not hasattr(A, "ds_id") and self.maps_first(tokens)
 
     def weights(self) -> list[Tensor]:
         """A [R, D] and, of a router that scores tokens by one, its factor [G, D]."""
@@ -60,18 +62,18 @@ def groups(names: Iterable[str]) -> list[list[str]]:
     return [paths for paths in found if len(paths) > 1]
 
 
-def image_of(index: int, fellows: tuple[Fellow, ...], x: Tensor, tokens: Tensor, tape: Tape) -> Image:
-    """The tokens [T, D] of a site called with x [..., D], and what was read of them for it.
+def image_of(reader: Reader, fellows: tuple[Reader, ...], x: Tensor, tokens: Tensor, tape: Tape) -> Image:
+    """The tokens [T, D] of a layer called with x [..., D], and what was read of them for it.
 
     fellows: of the first of a group, all of them, itself included.
     """
-    given, image = tape.images.pop(index, (None, None))
+    given, image = tape.images.pop(reader.index, (None, None))
     if image is not None and given is x:
         return image
     if not fellows or not all(fellow.may_share(tokens) for fellow in fellows):
-        return Image(tokens)
+        return Image(tokens, reader.maps_first(tokens))
     weights = list({id(weight): weight for fellow in fellows for weight in fellow.weights()}.values())
     known = list(zip(weights, project(tokens, weights), strict=True))
     for fellow in fellows:
-        tape.images[fellow.index] = x, Image(tokens, known)
-    return tape.images.pop(index)[1]
+        tape.images[fellow.index] = x, Image(tokens, True, known)
+    return tape.images.pop(reader.index)[1]

@@ -15,7 +15,7 @@ from moelora.core.route import Route
 from moelora.core.tape import Port, Site, Tape, View
 from moelora.experts.base import Experts
 from moelora.losses.base import Loss
-from moelora.model.fellows import Fellow, image_of
+from moelora.model.fellows import Reader, image_of
 from moelora.ops.project import Image
 from moelora.routers.base import Router
 
@@ -41,11 +41,12 @@ class RoutedLinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.site, self.losses, self.port = site, losses, port
         self.in_features, self.out_features = site.in_features, site.out_features
-        self.fellows: tuple[Fellow, ...] = ()
+        self.fellows: tuple[Reader, ...] = ()
 
-    def fellow(self) -> Fellow:
+    @property
+    def reader(self) -> Reader:
         """What it reads tokens for."""
-        return Fellow(self.site.index, self.experts, self.router, self.dropout)
+        return Reader(self.site.index, self.experts, self.router, self.dropout)
 
     @property
     def weight(self) -> Any:
@@ -78,7 +79,7 @@ class RoutedLinear(nn.Module):
         view = tape.view(self.site, x.shape[:-1])
         tokens, flat = x.reshape(-1, self.site.in_features), y.reshape(-1, self.site.out_features)
         dropped = self.dropout(tokens)
-        seen = image_of(self.site.index, self.fellows if self.port.tape is tape else (), given, dropped, tape)
+        seen = image_of(self.reader, self.fellows if self.port.tape is tape else (), given, dropped, tape)
         tokens = seen.x if dropped is tokens else tokens
         routes: list[Route] = []
 

@@ -78,11 +78,6 @@ def _on_gpu(s: Shape) -> Path:
     return min(ways, key=lambda way: ways[way])
 
 
-def maps_all(tokens: int, inputs: int, outputs: int, ranks: int) -> bool:
-    """Whether a GPU takes the dense way for so many ranks however few of them are chosen."""
-    return all(choose(Shape(tokens, inputs, outputs, max(1, ranks // 16), 16, k), "cuda") == "dense" for k in (1, 2))
-
-
 def _product(s: Shape, read: int, ranks: int, features: int) -> float:
     """Seconds of a skinny product over ``read`` bytes, every token with so many ranks."""
     return max(read / BANDWIDTH, 2 * s.tokens * features * ranks / PRODUCTS)

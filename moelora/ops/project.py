@@ -88,11 +88,12 @@ def project(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
 class Image:
     """Tokens x [T, D], and what they are under the factors of one layer: each read of x gives as much as it can.
 
-    known: pairs of a factor and x under it.
+    first: whether h = A x is wanted of every token whatever they choose, so that it may come with the first scores
+        asked for. known: pairs of a factor and x under it.
     """
 
-    def __init__(self, x: Tensor, known: Iterable[tuple[Tensor, Tensor]] = ()) -> None:
-        self.x = x
+    def __init__(self, x: Tensor, first: bool = False, known: Iterable[tuple[Tensor, Tensor]] = ()) -> None:
+        self.x, self.first = x, first
         self._A: Tensor | None = None
         self._known = list(known)
 

@@ -17,7 +17,7 @@ from moelora.core.errors import MoeloraError
 from moelora.core.factors import Factors
 from moelora.core.route import Route, dense_gates
 from moelora.ops import cpu, cuda, reference
-from moelora.ops.path import Machine, Path, Shape, choose, maps_all
+from moelora.ops.path import Machine, Path, Shape, choose
 from moelora.ops.project import project
 
 CHOSEN: Final = ("compiled", "sorted", "gather")
@@ -272,11 +272,19 @@ def _machine(x: Tensor, *others: Tensor | None) -> Machine:
     return cuda.machine(x, *others) if x.device.type == "cuda" else "torch"  # type: ignore[arg-type]
 
 
-def maps_first(x: Tensor, factors: Factors) -> bool:
-    """Whether h = A x will be wanted of every token, whatever they choose: then it may come before the choice."""
+def maps_first(x: Tensor, factors: Factors, k: int | None) -> bool:
+    """Whether h = A x is wanted of all tokens, which choose k units (None: all), so that it may come before they do."""
     A, B, scale, core = factors.A, factors.B, factors.scale, factors.core
     machine = _machine(x, A, B, scale, scale.unsqueeze(0), core)
-    return machine == "torch" or (machine == "cuda" and maps_all(x.shape[0], x.shape[1], B.shape[0], B.shape[1]))
+    if A is None or machine == "torch":
+        return A is not None
+    if k is not None and machine != "cuda":
+        return False
+    form: Literal["blocks", "shared", "core"] = "blocks" if A.shape[0] == B.shape[1] else "shared"
+    units, width = (core.shape[0], B.shape[1]) if core is not None else (max(1, B.shape[1] // 16), min(16, B.shape[1]))
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    shape = Shape(x.shape[0], x.shape[1], B.shape[0], units, width, k, "core" if core is not None else form, half)
+    return choose(shape, machine) == "dense"
 
 
 def apply_each(x: Tensor, factors: Factors, route: Route) -> Tensor:

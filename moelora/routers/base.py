@@ -60,6 +60,11 @@ class Router(ExactBuffers, ABC):
     def scale_rank(self) -> int:
         return self.r
 
+    @property
+    def chosen(self) -> int | None:
+        """How many units each token chooses, None where it takes all. A hint: what is computed first goes by it."""
+        return getattr(self, "top_k", None)
+
     @abstractmethod
     def forward(self, x: Tensor, view: View) -> Route:
         """The route of tokens x."""

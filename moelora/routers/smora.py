@@ -72,6 +72,10 @@ class SMoRA(Router):
     def scale_rank(self) -> int:
         return self.top_k
 
+    @property
+    def chosen(self) -> int:
+        return self.top_k // self.block_size
+
     def forward(self, x: Tensor, view: View) -> Route:
         logits = linear_scores(self.weight, x, view)
         scores = logits.sigmoid() if self.score_fn == "sigmoid" else logits.softmax(-1)

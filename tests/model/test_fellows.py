@@ -13,6 +13,7 @@ from moelora.core.tape import Tape
 from moelora.model.record import routed_layers
 from moelora.ops import project
 from tests import tiny
+from tests.ops.test_cpp import built
 
 # float64 is computed by plain PyTorch on every machine, which maps all tokens first.
 DTYPE = torch.float64
@@ -123,3 +124,24 @@ def test_the_fellows_of_a_copy_are_the_copys() -> None:
             layer.experts.lora_A += 1
     assert not torch.allclose(other(**tiny.batch()).logits, model(**tiny.batch()).logits)
     torch.testing.assert_close(other(**tiny.batch()).logits, alone(other)(**tiny.batch()).logits)
+
+
+@built
+@pytest.mark.parametrize(("k", "tokens", "first"), [(None, 100, True), (None, 10, False), (2, 100, False)])
+def test_nothing_is_mapped_first_where_chosen_units_are_computed_alone(k: int | None, tokens: int, first: bool) -> None:
+    router = {"name": "softmax", **({} if k is None else {"top_k": k})}
+    model = tiny.adapt(tiny.llama(), {"router": router, "experts": {"num_experts": 8, "r": 8}, "target_modules": ALL})
+    reader = routed_layers(model)[0].reader
+    assert reader.router.chosen == k
+    assert reader.maps_first(torch.randn(tokens, tiny.HIDDEN)) == first
+    assert reader.maps_first(torch.randn(tokens, tiny.HIDDEN, dtype=DTYPE))
+
+
+@built
+def test_dense_gates_in_float32_are_read_together_too(reads: list[tuple[int, ...]]) -> None:
+    config = {"router": "softmax", "experts": {"num_experts": 8, "r": 8}, "target_modules": ALL}
+    model = tiny.shake(tiny.adapt(tiny.llama(), config))
+    batch = {key: value.repeat(8, 1) for key, value in tiny.batch().items()}
+    together = model(**batch).logits
+    assert reads[0] == (64, 8, 64, 8, 64, 8)
+    torch.testing.assert_close(together, alone(model)(**batch).logits, rtol=1e-5, atol=1e-5)
