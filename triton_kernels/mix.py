@@ -39,11 +39,11 @@ def _gates(weight, index, row, here, q, units, k, INDEXED: tl.constexpr):
 
 
 @triton.jit
-def _scales(scale, index, row, q, j, cells, units, width, PAIRS: tl.constexpr):
+def _scales(scale, index, row, here, q, j, units, width, PAIRS: tl.constexpr):
     if PAIRS:
-        inside = (row[:, None] >= 0) & (q < units)[None, :]
-        inside = inside & (tl.sum(cells.to(tl.int32), axis=2) > 0)
+        inside = here[:, None] & (q < units)[None, :]
         unit = tl.load(index + row[:, None] * units + q[None, :], mask=inside, other=0)
+        cells = inside[:, :, None] & (j < width)[None, None, :]
         return tl.load(scale + unit[:, :, None] * width + j[None, None, :], mask=cells, other=0.0).to(tl.float32)
     else:
         return tl.load(
@@ -65,7 +65,7 @@ def _mix(
     here = row < tokens
     cells = here[:, None, None] & (q < units)[None, :, None] & (j < width)[None, None, :]
     gate = _gates(weight, index, row, here, q, units, k, INDEXED)
-    factor = _scales(scale, index, row, q, j, cells, units, width, PAIRS) * gate[:, :, None]
+    factor = _scales(scale, index, row, here, q, j, units, width, PAIRS) * gate[:, :, None]
     cell = row[:, None, None] * (units * width) + (q * width)[None, :, None] + j[None, None, :]
     source = row[:, None, None] * width + (q * 0)[None, :, None] + j[None, None, :] if SHARED else cell
     value = tl.load(h + source, mask=cells, other=0.0).to(tl.float32)
@@ -90,7 +90,7 @@ def _unmix(
         source = row[:, None, None] * width + (q * 0)[None, :, None] + j[None, None, :] if SHARED else cell
         gate = _gates(weight, index, row, here, q, units, k, INDEXED)
         scaled = tl.load(du + cell, mask=cells, other=0.0).to(tl.float32)
-        scaled = scaled * _scales(scale, index, row, q, j, cells, units, width, PAIRS)
+        scaled = scaled * _scales(scale, index, row, here, q, j, units, width, PAIRS)
         own = scaled * gate[:, :, None]
         if SHARED:
             total += tl.sum(own, axis=1)
@@ -118,11 +118,6 @@ def _tile(units: int, width: int) -> dict[str, int]:
     wide = triton.next_power_of_2(width)
     many = max(1, min(triton.next_power_of_2(units), 64 // wide))
     return {"ROWS": max(1, min(64, 2048 // (wide * many))), "UNITS": many, "WIDTH": wide}
-
-
-def _units(form: Form, weight: Tensor, columns: int, width: int) -> tuple[int, bool]:
-    """How many blocks of columns there are, and whether gates are by index."""
-    return (weight.shape[1], False) if form == "pairs" else (columns // width, weight.shape[1] != columns // width)
 
 
 def mix(

@@ -52,7 +52,7 @@ class Reader:
 
 def groups(names: Iterable[str]) -> list[list[str]]:
     """The paths, of those given, that read the same tokens: the first to be called comes first."""
-    given = list(names)
+    given = dict.fromkeys(names)
     parents = dict.fromkeys(name.rpartition(".")[0] for name in given)
     found = [
         [path for child in children if (path := f"{parent}.{child}") in given]

@@ -61,22 +61,22 @@ def forward(
     ranks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.forward``; h is float32, on the paths ``sorted`` and ``gather`` [T, k * width]."""
-    kernels, kit = _kernels(), _kit(x)
+    kernels, kit, out = _kernels(), _kit(x), x.dtype if onto is None else onto.dtype
     weight, index, core = _packed(weight), _packed(index), _packed(core)
     if path == "dense":
         h = x.contiguous() if A is None else kernels.shrink.shrink(x, A, kit.config("shrink", A.shape[0]))
-        u = _mixed(h, B, scale, weight, index, core, width, x.dtype if onto is None else onto.dtype)
+        u = _mixed(h, B, scale, weight, index, core, width, out)
         y = kernels.expand.expand(u, B.t(), kit.config("expand", B.shape[1]), onto)
         return y, h.new_empty(0) if A is None else h
     assert A is not None and index is not None
     if path == "gather":
         h = kernels.gather.down(x, A, index, width)
-        u = kernels.mix.mix(h, weight, index, scale, width, "pairs", x.dtype)
+        u = kernels.mix.mix(h, weight, index, scale, width, "pairs", out)
         return kernels.gather.up(u, B.t(), index, onto), h
     segments = kernels.sort.sort_tokens(index, A.shape[0] // width, kit.config("shrink", width).rows)
     h = kernels.shrink.shrink_sorted(x, A, width, segments, kit.config("shrink", width), ranks)
     h = h.view(x.shape[0], index.shape[1] * width)
-    u = kernels.mix.mix(h, weight, index, scale, width, "pairs", x.dtype).view(-1, width)
+    u = kernels.mix.mix(h, weight, index, scale, width, "pairs", out).view(-1, width)
     return kernels.expand.expand_sorted(u, B.t(), segments, kit.config("expand", width), onto, ranks), h
 
 

@@ -1,8 +1,8 @@
 """``torch.ops.moelora.routed_lora``: schema, shapes and autograd of the one operator.
 
-Backends are kernels of this operator for a device (``routed_lora.register_kernel``); PyTorch's dispatcher picks. Which
-of a device's ways a call takes is decided before it, from shapes alone (``moelora.ops.path``), so that the shape of
-what is kept for backward is known to a compiler too. Backward is an operator as well: a backend can replace either.
+Three backends have the same two functions, forward and backward: ``reference``, ``cpu`` and ``cuda``. Which way a call
+takes is decided before it, from shapes alone (``moelora.ops.path``), so that the shape of what is kept for backward is
+known to a compiler too. Backward is an operator as well, so that a compiler sees two opaque calls.
 """
 
 from __future__ import annotations
@@ -50,45 +50,9 @@ def routed_lora(
     others' rows are zero, and a path may leave them out. h: [T, R], or [T, k * width] where a path computes chosen
     units alone. Without A, x [T, R] is h itself, and the h given back is empty.
     """
-    _only_dense(x, path)
-    return reference.forward(x, A, B, scale, weight, index, core, width, onto)
-
-
-@routed_lora.register_kernel("cpu")
-def _(
-    x: Tensor,
-    A: Tensor | None,
-    B: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    index: Tensor | None,
-    core: Tensor | None,
-    width: int,
-    onto: Tensor | None = None,
-    path: str = "dense",
-    ranks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    if path == "compiled":
+    if path == "compiled" and x.device.type == "cpu":
         return cpu.forward(x, A, B, scale, weight, index, core, width, onto)
-    _only_dense(x, path)
-    return reference.forward(x, A, B, scale, weight, index, core, width, onto)
-
-
-@routed_lora.register_kernel("cuda")
-def _(
-    x: Tensor,
-    A: Tensor | None,
-    B: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    index: Tensor | None,
-    core: Tensor | None,
-    width: int,
-    onto: Tensor | None = None,
-    path: str = "dense",
-    ranks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    if cuda.machine(x, A, B, scale, weight, core) == "cuda":
+    if _machine(x, A, B, scale, weight, core, onto) == "cuda":
         return cuda.forward(x, A, B, scale, weight, index, core, width, onto, path, ranks)
     _only_dense(x, path)
     return reference.forward(x, A, B, scale, weight, index, core, width, onto)
@@ -132,49 +96,9 @@ def routed_lora_backward(
     ranks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, A, B, weight, core); those not needed come back empty."""
-    _only_dense(x, path)
-    return reference.backward(dy, x, A, B, scale, weight, index, core, h, width, need)
-
-
-@routed_lora_backward.register_kernel("cpu")
-def _(
-    dy: Tensor,
-    x: Tensor,
-    A: Tensor | None,
-    B: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    index: Tensor | None,
-    core: Tensor | None,
-    h: Tensor,
-    width: int,
-    need: list[bool],
-    path: str = "dense",
-    ranks: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if path == "compiled":
+    if path == "compiled" and x.device.type == "cpu":
         return cpu.backward(dy, x, A, B, scale, weight, index, core, h, width, need)
-    _only_dense(x, path)
-    return reference.backward(dy, x, A, B, scale, weight, index, core, h, width, need)
-
-
-@routed_lora_backward.register_kernel("cuda")
-def _(
-    dy: Tensor,
-    x: Tensor,
-    A: Tensor | None,
-    B: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    index: Tensor | None,
-    core: Tensor | None,
-    h: Tensor,
-    width: int,
-    need: list[bool],
-    path: str = "dense",
-    ranks: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if cuda.machine(x, A, B, scale, weight, core) == "cuda":
+    if _machine(x, A, B, scale, weight, core, dy) == "cuda":
         return cuda.backward(dy, x, A, B, scale, weight, index, core, h, width, need, path, ranks)
     _only_dense(x, path)
     return reference.backward(dy, x, A, B, scale, weight, index, core, h, width, need)
@@ -212,7 +136,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:  # y took no part in what is differentiated
-        return (None,) * 10
+        return (None,) * 11
     x, A, B, scale, weight, index, core, ranks, h = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     need = [wanted[0], wanted[1] and A is not None, wanted[2], wanted[4], wanted[6]]
@@ -256,14 +180,19 @@ def path_of(
     machine = _machine(x, A, B, scale, weight, core, onto)
     if machine == "torch":
         return "dense"
+    k = None if index is None else index.shape[1]
+    units = weight.shape[1] if index is None else reference.unit_count(B, core, width)
+    return choose(_shape(x, A, B, core, units, width, k), machine)
+
+
+def _shape(x: Tensor, A: Tensor | None, B: Tensor, core: Tensor | None, units: int, width: int, k: int | None) -> Shape:
     form: Literal["blocks", "shared", "core"] = "shared"
     if core is not None:
         form, width = "core", B.shape[1]
     elif B.shape[1] == (x.shape[1] if A is None else A.shape[0]):
         form = "blocks"
-    units, k = (weight.shape[1], None) if index is None else (reference.unit_count(B, core, width), index.shape[1])
     half = x.dtype in (torch.bfloat16, torch.float16)
-    return choose(Shape(x.shape[0], x.shape[1], B.shape[0], units, width, k, form, half, A is None), machine)
+    return Shape(x.shape[0], x.shape[1], B.shape[0], units, width, k, form, half, A is None)
 
 
 def _machine(x: Tensor, *others: Tensor | None) -> Machine:
@@ -280,11 +209,9 @@ def maps_first(x: Tensor, factors: Factors, k: int | None) -> bool:
         return A is not None
     if k is not None and machine != "cuda":
         return False
-    form: Literal["blocks", "shared", "core"] = "blocks" if A.shape[0] == B.shape[1] else "shared"
-    units, width = (core.shape[0], B.shape[1]) if core is not None else (max(1, B.shape[1] // 16), min(16, B.shape[1]))
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    shape = Shape(x.shape[0], x.shape[1], B.shape[0], units, width, k, "core" if core is not None else form, half)
-    return choose(shape, machine) == "dense"
+    ranks = B.shape[1]
+    units = max(1, ranks // 16) if core is None else core.shape[0]
+    return choose(_shape(x, A, B, core, units, min(16, ranks), k), machine) == "dense"
 
 
 def apply_each(x: Tensor, factors: Factors, route: Route) -> Tensor:

@@ -100,14 +100,7 @@ class XLoRA(Router):
         return torch.cat([logits, logits.softmax(-1)], -2)
 
     def forward(self, x: Tensor, view: View) -> Route:
-        plan, shared, place = view.plan, view.tape.shared, f"plan on {x.device}"
-        if self.layerwise or self.top_k is not None:  # a choice belongs to its layer: it is replayed there
-            return self._route(plan.to(x.device), view)
-        if place not in shared:
-            shared[place] = self._route(plan.to(x.device), view)
-        return shared[place]
-
-    def _route(self, plan: Tensor, view: View) -> Route:
+        plan = view.plan.to(x.device)
         at, count = view.site.index if self.layerwise else 0, plan.shape[1] // 2
         logits, probs = plan[:, at], plan[:, count + at]
         scalings, index = probs if self.softmax else logits, None

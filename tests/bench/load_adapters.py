@@ -4,7 +4,7 @@ The base model has Llama-3-8B's shape (or --layers fewer blocks of it) in bfloat
 they take no memory, and what is measured is above the base. Adapters are LoRAs of all seven linear layers of a block,
 random, as PEFT lays them out, in a folder that is filled once (--folder). Each case runs in a process of its own.
 
-    python tests/bench/load_adapters.py --folder /tmp/adapters --out docs/bench/load_adapters.json
+    python tests/bench/load_adapters.py --folder out/adapters --out docs/bench/load_adapters.json
 """
 
 from __future__ import annotations

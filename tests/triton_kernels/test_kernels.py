@@ -83,6 +83,8 @@ def assert_agree(case: dict[str, Any], path: str, dtype: torch.dtype = torch.flo
 
 
 PATHS = ["dense", "sorted", "gather"]
+WAYS = [*(("dense", mix) for mix in MIXES), ("sorted", "blocks"), ("gather", "blocks")]
+"""Only blocks have units of their own, so they alone can be sorted and gathered."""
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -111,11 +113,8 @@ def test_many_units_and_wide_ones(units: int, r: int, k: int | None) -> None:
     assert_agree(cast(make("blocks", T=19, D=40, out=33, units=units, r=r, k=k)), "dense")
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize(("path", "mix"), WAYS)
 def test_the_update_is_added_to_what_is_there(path: str, mix: str) -> None:
-    if mix != "blocks" and path != "dense":
-        pytest.skip("only blocks have units of their own")
     case = make(mix, T=11, D=20, out=18, k=2)
     case["onto"] = torch.randn(11, 18, dtype=torch.float64)
     case = cast(case)
@@ -136,6 +135,17 @@ def test_rank_space_in_float32_goes_onto_half_precision(mix: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_y_has_the_dtype_of_what_the_update_is_added_to(path: str) -> None:
+    case = make("blocks", T=11, D=20, out=18, k=2)
+    case["onto"] = torch.randn(11, 18, dtype=torch.float64)
+    case = cast(case)
+    half = {**case, "onto": case["onto"].to(HALVES[0])}
+    found = kernels(half, path)
+    assert found["y"].dtype == HALVES[0] and found["x"].dtype == torch.float32
+    assert_agree(half, path, HALVES[0])
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_skewed_choices_and_units_of_nobody(path: str) -> None:
     case = make("blocks", T=40, D=20, out=18, units=6, r=4, k=2)
     case["index"] = torch.stack([torch.full((40,), 3), torch.arange(40) % 2], 1)
@@ -146,12 +156,8 @@ def test_skewed_choices_and_units_of_nobody(path: str) -> None:
         assert (found["A"][4 * unit : 4 * unit + 4] == 0).all() and (found["B"][:, 4 * unit : 4 * unit + 4] == 0).all()
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("k", [None, 2])
+@pytest.mark.parametrize(("path", "mix", "k"), [*((*way, 2) for way in WAYS), *(("dense", mix, None) for mix in MIXES)])
 def test_no_unwritten_memory_is_read_or_returned(path: str, mix: str, k: int | None) -> None:
-    if path != "dense" and (mix != "blocks" or k is None):
-        pytest.skip("only chosen blocks")
     case = cast(make(mix, T=21, D=19, out=23, units=7, r=3, k=k))
     plain = kernels(case, path)
     with poisoned():
@@ -190,11 +196,8 @@ def test_only_asked_gradients_are_computed(path: str, asked: str) -> None:
         assert torch.equal(some[key], full[key]) if wanted else some[key].shape == (0,), key
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize(("path", "mix"), WAYS)
 def test_twenty_runs_are_bitwise_equal(path: str, mix: str) -> None:
-    if path != "dense" and mix != "blocks":
-        pytest.skip("only blocks have units of their own")
     case = cast(make(mix, T=9 if not GPU else 2000, D=18, out=17, k=2))
     first = kernels(case, path)
     for _ in range(19):
