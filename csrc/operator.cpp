@@ -92,7 +92,7 @@ class Inputs {
 
 Problem pose(Inputs& inputs, const Tensor& x, const std::optional<Tensor>& A, const Tensor& B, const Tensor& scale,
              const Tensor& weight, const std::optional<Tensor>& index, const std::optional<Tensor>& core,
-             int64_t width) {
+             int64_t width, bool read_x = true) {
   require(x.dim() == 2 && B.dim() == 2 && weight.dim() == 2, "x, B and weight are matrices");
   require(!A || A->dim() == 2, "A is a matrix");
   require(!core || core->dim() == 3, "core has ", core ? core->dim() : 0, " dimensions, not 3");
@@ -112,7 +112,7 @@ Problem pose(Inputs& inputs, const Tensor& x, const std::optional<Tensor>& A, co
   require(p.inputs > 0 && p.outputs > 0 && p.ranks > 0 && p.columns > 0 && p.units > 0 && p.k > 0,
           "a tensor has no elements");
   require(p.tokens < (int64_t{1} << 31), "x has ", p.tokens, " rows; at most 2^31 - 1 are possible");
-  p.x = inputs.matrix("x", x, p.tokens, p.inputs);
+  if (read_x) p.x = inputs.matrix("x", x, p.tokens, p.inputs);
   if (A) p.A = inputs.matrix("A", *A, p.ranks, p.inputs);
   p.B = inputs.matrix("B", B, p.outputs, p.columns);
   p.scale = inputs.flat<float>("scale", scale, {p.columns}, ScalarType::Float);
@@ -152,7 +152,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_backward(Tensor dy, Tenso
                                                                 std::optional<Tensor> core, Tensor h, int64_t width,
                                                                 int64_t need) {
   Inputs inputs;
-  const Problem p = pose(inputs, x, A, B, scale, weight, index, core, width);
+  const bool read_x = !A || ((need >> 1) & 1) != 0;  // x that only its shape is known of is a scalar, expanded
+  const Problem p = pose(inputs, x, A, B, scale, weight, index, core, width, read_x);
   const Matrix upstream = inputs.matrix("dy", dy, p.tokens, p.outputs);
   const float* image = A ? inputs.flat<float>("h", h, {p.tokens, p.h_columns()}, ScalarType::Float) : nullptr;
   TorchWorkspace memory(x);

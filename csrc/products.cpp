@@ -15,6 +15,10 @@ constexpr int64_t NEAR = 128 * 1024;
 constexpr int64_t CHUNK = 512;
 // Ranks and columns of a task of `gather`, at most; columns of one of `up` for narrow units, and what is narrow.
 constexpr int64_t RANKS = 64, WIDE = 512, PANEL = 256, NARROW = 3;
+// For few tokens: ranks of a task of `down`, columns of one of `up`.
+constexpr int64_t SLICE = 16, STRETCH = 64;
+// Tokens up to which `up_across` turns stretches: beyond, a factor turned once is read again often enough.
+constexpr int64_t FEW = 2 * Plan::BLOCK;
 // Floats of a cache line.
 constexpr int64_t LINE = 16;
 // What sums start from where there is no other row for it: as many as a task of `up` has columns.
@@ -53,6 +57,14 @@ const void* at(const Matrix& matrix, int64_t row, int64_t column) {
   const int64_t place = row * matrix.stride + column;
   return matrix.half ? static_cast<const void*>(static_cast<const bf16*>(matrix.data) + place)
                      : static_cast<const void*>(static_cast<const float*>(matrix.data) + place);
+}
+
+// Reads a part of a row as float32.
+void get(const Matrix& from, int64_t row, int64_t column, int64_t count, float* to) {
+  if (from.half)
+    kernels().widen(static_cast<const bf16*>(at(from, row, column)), to, count);
+  else
+    std::memcpy(to, at(from, row, column), static_cast<size_t>(count) * sizeof(float));
 }
 
 // Writes float32 rows to either type.
@@ -134,14 +146,17 @@ Factor transposed(const Matrix& from, const Plan& plan, int64_t width, int64_t f
 
 void down(const Matrix& x, const Factor& w, const Plan& plan, int64_t width, int64_t length, float* out) {
   const Cut cut(plan, 16);
-  const int64_t tasks = cut.count * plan.units;
+  // Ranks are cut only where there is not enough else to share out; a slice is what the kernel takes at a time.
+  const int64_t slice = cut.count * plan.units < threads() ? SLICE : width, slices = tiles(width, slice);
+  const int64_t tasks = cut.count * plan.units * slices;
   parallel(tasks, plan.pairs() * width * length / tasks, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t part = task / plan.units, unit = task % plan.units;
+      const int64_t part = task / (plan.units * slices), unit = task / slices % plan.units, j = task % slices * slice;
       const int64_t pair = cut.first(unit, part), count = cut.first(unit, part + 1) - pair;
       for (int64_t d = 0; d < length; d += CHUNK)
-        kernels().dot[x.half](at(x, 0, d), x.stride, plan.row + pair, count, w.data + unit * width * w.stride + d,
-                              w.stride, width, std::min(CHUNK, length - d), out + pair * width, width, d > 0);
+        kernels().dot[x.half](at(x, 0, d), x.stride, plan.row + pair, count, w.data + (unit * width + j) * w.stride + d,
+                              w.stride, std::min(slice, width - j), std::min(CHUNK, length - d),
+                              out + pair * width + j, width, d > 0);
     }
   });
 }
@@ -182,6 +197,28 @@ void up_narrow(const float* u, const Factor& w, const Plan& plan, int64_t width,
   });
 }
 
+// `up` by a factor that lies the other way round: turned stretch by stretch, which is written to no memory.
+void up_few(const float* u, const Matrix& w, const Plan& plan, int64_t width, int64_t columns, const Matrix& onto,
+            const Target& y) {
+  const int64_t tasks = tiles(columns, STRETCH);
+  parallel(tasks, plan.pairs() * width * STRETCH, [&](int64_t begin, int64_t end) {
+    const auto turned = buffer(width * STRETCH), wide = y.half ? buffer(plan.tokens * STRETCH) : nullptr;
+    for (int64_t o = begin * STRETCH; o < std::min(end * STRETCH, columns); o += STRETCH) {
+      const int64_t some = std::min(STRETCH, columns - o), stride = y.half ? STRETCH : y.stride;
+      float* corner = y.half ? wide.get() : static_cast<float*>(y.data) + o;
+      const void* start = onto.data != nullptr ? at(onto, 0, o) : ZEROS;
+      for (int64_t unit = 0; unit < plan.units; ++unit) {
+        const int64_t pair = plan.first(unit), count = plan.first(unit + 1) - pair;
+        if (count == 0) continue;
+        kernels().transpose[w.half](at(w, o, unit * width), w.stride, some, width, turned.get(), STRETCH);
+        kernels().expand[onto.half](u + pair * width, width, plan.row + pair, plan.fresh + pair, count, turned.get(),
+                                    STRETCH, width, some, start, onto.stride, corner, 0, stride);
+      }
+      if (y.half) put(corner, stride, plan.tokens, some, y, 0, o);
+    }
+  });
+}
+
 }  // namespace
 
 void up(const float* u, const Factor& w, const Plan& plan, int64_t width, int64_t columns, const Matrix& onto,
@@ -209,6 +246,12 @@ void up(const float* u, const Factor& w, const Plan& plan, int64_t width, int64_
       if (y.half) put(corner, stride, tokens, some, y, token, o);
     }
   });
+}
+
+void up_across(const float* u, const Matrix& w, const Plan& plan, int64_t width, int64_t columns, const Matrix& onto,
+               const Target& y, Workspace& memory) {
+  if (plan.tokens <= FEW && width > NARROW) return up_few(u, w, plan, width, columns, onto, y);
+  up(u, transposed(w, plan, width, columns, memory), plan, width, columns, onto, y);
 }
 
 void gather(const float* u, const Matrix& x, const Plan& plan, int64_t width, int64_t columns, const Target& out,
@@ -253,12 +296,7 @@ void gather(const float* u, const Matrix& x, const Plan& plan, int64_t width, in
 
 void widen_rows(const Matrix& from, int64_t rows, int64_t columns, float* to) {
   parallel(rows, columns, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      if (from.half)
-        kernels().widen(static_cast<const bf16*>(at(from, r, 0)), to + r * columns, columns);
-      else
-        std::memcpy(to + r * columns, at(from, r, 0), static_cast<size_t>(columns) * sizeof(float));
-    }
+    for (int64_t r = begin; r < end; ++r) get(from, r, 0, columns, to + r * columns);
   });
 }
 

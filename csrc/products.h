@@ -45,6 +45,10 @@ void down(const Matrix& x, const Factor& w, const Plan& plan, int64_t width, int
 void up(const float* u, const Factor& w, const Plan& plan, int64_t width, int64_t columns, const Matrix& onto,
         const Target& y);
 
+// The same by the matrix [columns, units * width].
+void up_across(const float* u, const Matrix& w, const Plan& plan, int64_t width, int64_t columns, const Matrix& onto,
+               const Target& y, Workspace& memory);
+
 // out[unit, j] = sum over the unit's pairs of u[pair, j] x[token], as [units * width, columns], or as its transpose
 // if `across`; every element is written, units that nobody chose with zero.
 void gather(const float* u, const Matrix& x, const Plan& plan, int64_t width, int64_t columns, const Target& out,

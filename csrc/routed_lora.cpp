@@ -154,7 +154,7 @@ void forward(const Problem& p, const Matrix& onto, const Target& y, float* h, Wo
     each = through_cores(plans, image, factor(p.core, plans.pairs, p.ranks, p.ranks, memory), memory);
   const float* u = mixed(plans, image, each, memory);
   const int64_t width = plans.upper_width();
-  up(u, transposed(p.B, plans.upper(), width, p.outputs, memory), plans.upper(), width, p.outputs, onto, y);
+  up_across(u, p.B, plans.upper(), width, p.outputs, onto, y, memory);
 }
 
 void backward(const Problem& p, const Matrix& dy, const float* h, const Gradients& to, Workspace& memory) {

@@ -92,11 +92,11 @@ class Tape:
         """False while a checkpointed region is being recomputed."""
         return self._replay is None
 
-    def view(self, site: Site, shape: torch.Size) -> View:
-        """What ``site`` may know of this pass; ``shape`` is its input's without the feature axis."""
+    def view(self, site: Site, shape: torch.Size, factors: Factors | None = None, image: Any = None) -> View:
+        """What ``site`` may know of this pass; ``shape`` is its input's without the feature axis. See View."""
         self.called.add(site.index)
         mask, answers = (_of_tokens(of.get(site.stream), shape) for of in (self.mask, self.answers))
-        return View(self, site, shape, mask, self._task(shape), answers)
+        return View(self, site, shape, mask, self._task(shape), answers, factors, image)
 
     def _task(self, shape: torch.Size) -> Tensor | None:
         if self.task is None:

@@ -10,8 +10,6 @@ the copies together again. With weights w_e and copies a_e of the intermediate s
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor, nn
 
 from moelora.core.errors import MoeloraError, TargetError
@@ -56,14 +54,15 @@ class FirstLinear(RoutedLinear):
         return (y.unsqueeze(-2) + update.view(*y.shape[:-1], *update.shape[1:]).to(y.dtype)).flatten(-2)
 
     def _each(self, x: Tensor) -> Tensor:
-        view = self._tape().view(self.site, x.shape[:-1])
+        tape = self._tape()
         tokens = x.reshape(-1, self.site.in_features)
         dropped = self.dropout(tokens)
-        shared = view.tape.shared
+        shared = tape.shared
 
         def decide(factors: Factors, image: Image) -> Route:
+            view = tape.view(self.site, x.shape[:-1], factors, image)
             if self.site.parent not in shared:
-                shared[self.site.parent] = self._route(tokens, image, replace(view, factors=factors))
+                shared[self.site.parent] = self._route(tokens, image, view)
             return shared[self.site.parent]
 
         update: Tensor = self.experts(dropped, decide, "each")

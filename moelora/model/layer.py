@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,15 +75,14 @@ class RoutedLinear(nn.Module):
     def _updated(self, x: Tensor, y: Tensor, given: Tensor) -> Tensor:
         """y and its update. given: x as the layer was called with it."""
         tape = self._tape()
-        view = tape.view(self.site, x.shape[:-1])
         tokens, flat = x.reshape(-1, self.site.in_features), y.reshape(-1, self.site.out_features)
-        dropped = self.dropout(tokens)
+        dropped = self.dropout(tokens) if self.dropout.training else tokens
         seen = image_of(self.reader, self.fellows if self.port.tape is tape else (), given, dropped, tape)
         tokens = seen.x if dropped is tokens else tokens
         routes: list[Route] = []
 
         def decide(factors: Factors, image: Image) -> Route:
-            routes.append(self._route(tokens, image, replace(view, factors=factors)))
+            routes.append(self._route(tokens, image, tape.view(self.site, x.shape[:-1], factors, image)))
             return routes[0]
 
         updated: Tensor = self.experts(seen.x, decide, onto=flat, image=seen)
@@ -99,7 +97,7 @@ class RoutedLinear(nn.Module):
         elif self.router.reads == "h":
             assert view.factors is not None and view.factors.A is not None
             seen = image.under(view.factors.A)
-        route: Route = self.experts.admit(self.router(seen, replace(view, image=image)))
+        route: Route = self.experts.admit(self.router(seen, view))
         if view.tape.with_terms:
             for name, loss in self.losses.items():
                 view.add(name, loss(route, view.only(loss.tokens)))

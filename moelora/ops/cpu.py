@@ -84,16 +84,14 @@ def machine(
     onto: Tensor | None = None,
 ) -> Literal["torch", "portable", "vector"]:
     """What can compute these tensors: the kernels at their level, or PyTorch alone."""
-    factors = [factor for factor in (A, B, core) if factor is not None]
-    able = (
-        not PROBLEM
-        and all(t.dtype in (torch.float32, torch.bfloat16) for t in (x, x if onto is None else onto, *factors))
-        and scale.dtype == weight.dtype == torch.float32
-        and x.shape[0] < 2**31
-        and not any(0 in tensor.shape for tensor in (weight, *factors))
-    )
-    if not able:
+    if PROBLEM or scale.dtype != torch.float32 or weight.dtype != torch.float32 or x.shape[0] >= 2**31:
         return "torch"
+    for tensor in (x, A, B, core, onto):  # plain loops: when decoding, this takes a good part of the time
+        if tensor is not None and tensor.dtype != torch.float32 and tensor.dtype != torch.bfloat16:
+            return "torch"
+    for tensor in (A, B, core, weight):
+        if tensor is not None and 0 in tensor.shape:
+            return "torch"
     return "portable" if HIGHEST is Level.PORTABLE else "vector"
 
 

@@ -60,6 +60,8 @@ def _(dh: Tensor, x: Tensor, weights: list[Tensor], need_x: bool, need: list[boo
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weights = inputs
+    if not any(weight.requires_grad for weight in weights):  # nothing reads x again, of which the shape remains
+        x = x.new_empty(()).expand(x.shape)
     ctx.save_for_backward(x, *weights)
 
 

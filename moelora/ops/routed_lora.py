@@ -29,8 +29,7 @@ def _only_dense(x: Tensor, path: str) -> None:
         raise MoeloraError(f"the path '{path}' is none of {x.device.type} tensors here; see moelora.ops.path")
 
 
-@torch.library.custom_op("moelora::routed_lora", mutates_args=())
-def routed_lora(
+def _forward(
     x: Tensor,
     A: Tensor | None,
     B: Tensor,
@@ -56,6 +55,9 @@ def routed_lora(
         return cuda.forward(x, A, B, scale, weight, index, core, width, onto, path, ranks)
     _only_dense(x, path)
     return reference.forward(x, A, B, scale, weight, index, core, width, onto)
+
+
+routed_lora = torch.library.custom_op("moelora::routed_lora", _forward, mutates_args=())
 
 
 @routed_lora.register_fake
@@ -131,6 +133,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.width, ctx.path, ctx.added = width, path, onto is not None
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # h has no gradient, and zeros for it would be as large as h
+    if A is not None and not ctx.needs_input_grad[1]:  # nothing but dA reads x, of which the shape remains
+        x = x.new_empty(()).expand(x.shape)
     ctx.save_for_backward(x, A, B, scale, weight, index, core, ranks, output[1])
 
 
@@ -162,7 +166,9 @@ def apply(x: Tensor, factors: Factors, route: Route, onto: Tensor | None = None,
     width = factors.B.shape[1] // route.units
     given = (x, factors.A, factors.B, factors.scale, route.weight, route.index, factors.core, width)
     ranks = factors.ranks if factors.ranks is not None and factors.ranks.shape[0] == route.units else None
-    return routed_lora(*given, onto, path or path_of(*given, onto), ranks)[0]
+    # Where nothing watches, past the dispatcher, which takes as long as the products of one token.
+    watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor
+    return (routed_lora if watched else _forward)(*given, onto, path or path_of(*given, onto), ranks)[0]
 
 
 def path_of(

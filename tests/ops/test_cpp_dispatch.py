@@ -154,6 +154,30 @@ def test_compiled_whole_and_checkpointed_it_is_the_same(mix: str, added: bool) -
         assert torch.equal(graph[key], value) and torch.equal(again[key], value)
 
 
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tokens_are_kept_for_the_gradient_of_factors_alone(mix: str, dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    case = cast(make(mix, T=9, k=2), dtype)
+    expected = differentiate(run, case)
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        for trained in (True, False):
+            leaves, kept = tracked(case), set()
+            leaves["A"].requires_grad_(trained)
+
+            def keep(tensor: Tensor, kept: set[int] = kept) -> Tensor:
+                kept.add(tensor.untyped_storage().data_ptr())
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                y = function(leaves)
+            assert (leaves["x"].untyped_storage().data_ptr() in kept) == trained
+            y.backward(torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y))
+            for key in GRADS:
+                if leaves[key] is not None and leaves[key].requires_grad:
+                    assert torch.equal(leaves[key].grad, expected[key]), key
+
+
 @built
 def test_compiled_by_the_default_backend_it_is_the_same() -> None:
     torch._dynamo.reset()
