@@ -150,7 +150,7 @@ setup(
     entry_points={"console_scripts": ["moelora = moelora.cli.main:app"]},
     install_requires=[
         "torch>=2.10",
-        "transformers>=5.0",
+        "transformers>=5.10",
         "accelerate>=1.0",
         "trl>=1.16; python_version >= '3.11'",
         "trl>=1.14; python_version < '3.11'",  # 1.15 needs Python 3.11

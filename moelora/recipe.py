@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from moelora.core.errors import ConfigError
 from moelora.core.methods import Methods
@@ -25,6 +26,8 @@ class Recipe(Strict):
 
     base_model: a hub id, a local folder, or ``moelora/tiny``. adapter: see AdapterConfig. data: see DataConfig.
     training: TRL's SFTConfig, that is transformers' TrainingArguments and more, by the same names.
+    deepspeed: ``zero1``, ``zero2``, ``zero3``, ``zero3_offload``, or the path of another DeepSpeed configuration.
+    max_skipped_steps: no step is taken from numbers that are not finite; so many in a row end the run.
     """
 
     base_model: str = TINY
@@ -34,6 +37,8 @@ class Recipe(Strict):
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
     training: dict[str, Any] = {}
+    deepspeed: str | None = None
+    max_skipped_steps: Annotated[int, Field(ge=1)] = 10
 
     @property
     def output_dir(self) -> Path:
@@ -83,6 +88,8 @@ def check_recipe(content: Mapping[str, Any], where: str = "recipe", plugins: Ite
     """A recipe from a mapping, every method's options and every training argument checked. Raises ConfigError."""
     recipe = check(Recipe, content, where if where == "recipe" else "")
     _check_training(recipe.training)
+    if recipe.deepspeed is not None:
+        deepspeed_options(recipe.deepspeed)
     return recipe.model_copy(update={"adapter": resolve(recipe.adapter, Methods(plugins))})
 
 
@@ -103,6 +110,24 @@ def find_recipe(path: str | Path) -> Path:
     if len(file.parts) == 1 and file.stem in shipped:
         return shipped[file.stem]
     raise ConfigError(f"no recipe {path} (seen from {Path.cwd()}){nearest(file.stem, shipped)}")
+
+
+def deepspeed_options(name: str) -> dict[str, Any]:
+    """A DeepSpeed configuration: a shipped one by its name, or a JSON file. Raises ConfigError."""
+    import moelora.recipes
+
+    folder = Path(next(iter(moelora.recipes.__path__))) / "deepspeed"
+    shipped = {path.stem: path for path in sorted(folder.glob("*.json"))}
+    file = shipped.get(name, Path(name))
+    if not file.is_file():
+        raise ConfigError(f"deepspeed: no configuration {name} (seen from {Path.cwd()}){nearest(name, shipped)}")
+    try:
+        options = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"deepspeed: {file} is not JSON: {error}") from None
+    if not isinstance(options, dict):
+        raise ConfigError(f"deepspeed: {file}: expected a JSON object, found {type(options).__name__}")
+    return options
 
 
 def _set(content: dict[str, Any], override: str) -> None:
@@ -127,6 +152,8 @@ def _check_training(training: Mapping[str, Any]) -> None:
     fields = {field.name: field for field in dataclasses.fields(SFTConfig) if field.init}
     types = typing.get_type_hints(SFTConfig)
     for key, value in training.items():
+        if key == "deepspeed":
+            raise ConfigError("training.deepspeed: write it beside training, not in it; for instance deepspeed: zero2")
         if key not in fields:
             raise ConfigError(f"training: unknown key '{key}'{nearest(key, fields)}")
         try:

@@ -50,16 +50,26 @@ def train(
     overrides: Overrides = None,
     plugin: Plugins = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last complete checkpoint of the output folder.")] = False,
+    num_processes: Annotated[
+        int | None, typer.Option(min=1, help="Start so many on this machine, one for each GPU.")
+    ] = None,
 ) -> None:
     """Train as a recipe says; writes the adapter, summary.json and report.html to training.output_dir."""
     with _readable_errors():
         from moelora.cli.show import task_table
+        from moelora.model.record import main_process
         from moelora.recipe import read_recipe
+        from moelora.train.processes import launch, started
         from moelora.train.run import train as run
 
-        result = run(read_recipe(recipe, overrides or [], plugin or []), plugin or [], resume)
-        task_table({result.name: result.summary["tasks"]})
-        print(f"adapter, summary.json and report.html are in {result.out}")
+        read = read_recipe(recipe, overrides or [], plugin or [])
+        if (num_processes or read.deepspeed) and not started():
+            again = ["train", recipe, *(overrides or []), *(f"--plugin={path}" for path in plugin or [])]
+            raise typer.Exit(launch([*again, *(["--resume"] if resume else [])], num_processes or 1))
+        result = run(read, plugin or [], resume)
+        if main_process():
+            task_table({result.name: result.summary["tasks"]})
+            print(f"adapter, summary.json and report.html are in {result.out}")
 
 
 @app.command()

@@ -57,4 +57,5 @@ def dense_gates(weight: Tensor, index: Tensor | None, units: int) -> Tensor:
 
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Indices [T, k] of the k largest scores [T, G], best first; equal scores go to the lowest index."""
-    return scores.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    indices = scores.detach().sort(dim=-1, descending=True, stable=True).indices
+    return indices[:, :k].contiguous()  # a view would keep all of them

@@ -78,9 +78,9 @@ def write_folder(folder: Path, manifest: dict[str, Any], files: dict[str, dict[s
     OutputError.
     """
     try:
-        hashes = {name: _write(folder / name, content) for name, content in files.items()}
+        hashes = {name: write_file(folder / name, content) for name, content in files.items()}
         text = json.dumps({**manifest, "format": FORMAT, "files": hashes}, indent=2) + "\n"
-        _write(folder / MANIFEST, text)
+        write_file(folder / MANIFEST, text)
     except OSError as error:
         raise OutputError(f"{error.filename or folder}: cannot write the adapter: {error.strerror or error}") from error
 
@@ -199,7 +199,8 @@ def _read_file(folder: Path, name: str, manifest: Manifest, root: Path | None) -
             raise AdapterError(str(error).replace(": found NaN", " holds NaN", 1)) from None
 
 
-def _write(path: Path, content: dict[str, Tensor] | str) -> str:
+def write_file(path: Path, content: dict[str, Tensor] | str) -> str:
+    """Write tensors or text so that the file is there whole or not at all; gives its sha256. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     if isinstance(content, str):

@@ -18,6 +18,7 @@ from moelora.model.fellows import groups
 from moelora.model.ffn import block_layers
 from moelora.model.inputs import two_streams
 from moelora.model.layer import RoutedLinear
+from moelora.model.partition import gathered
 from moelora.model.record import Adaptation, main_process, routed_layers
 from moelora.model.routed import RoutedModel, replaying
 from moelora.model.saved import TrainedCopy, fill_saved, find_saved
@@ -137,19 +138,20 @@ def fingerprint(model: nn.Module, names: list[str]) -> str | None:
     """A hash of the base weights under the adapter: shapes of all, values of the first and the last layer.
 
     Values are sampled and rounded to bfloat16, so the same checkpoint loaded in another dtype agrees. None when weights
-    are not there to read (meta device, partitioned).
+    are not there to read (meta device). Of weights partitioned by ZeRO-3, two layers are gathered.
     """
     digest = hashlib.sha256()
     weights = [_weight(model.get_submodule(name)) for name in names]
     for name, weight in zip(names, weights, strict=True):
-        digest.update(f"{name}:{tuple(weight.shape)};".encode())
+        digest.update(f"{name}:{tuple(getattr(weight, 'ds_shape', weight.shape))};".encode())
     for weight in (weights[0], weights[-1]):
-        if weight.device.type == "meta" or weight.numel() == 0:
-            return None
-        if weight.is_floating_point():
-            flat = weight.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 256)].cpu().to(torch.bfloat16)
-            digest.update(sample.view(torch.int16).numpy().tobytes())
+        with gathered([weight]):
+            if weight.device.type == "meta" or weight.numel() == 0:
+                return None
+            if weight.is_floating_point():
+                flat = weight.detach().reshape(-1)
+                sample = flat[:: max(1, flat.numel() // 256)].cpu().to(torch.bfloat16)
+                digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

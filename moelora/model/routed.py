@@ -25,9 +25,10 @@ from moelora.core.route import Route
 from moelora.core.tape import Collector, Port, Tape, View
 from moelora.model.cache import accompany, companion_of
 from moelora.model.inputs import answers_of, masks_of, token_share, two_streams
+from moelora.model.partition import wholes
 from moelora.model.plan import last_hidden
 from moelora.model.record import Adaptation, adaptation, routed_layers
-from moelora.model.write import upload, write
+from moelora.model.write import adapter_tensors, upload, write
 from moelora.routers.base import Router
 
 
@@ -142,12 +143,14 @@ class RoutedModel(nn.Module):
     ) -> None:
         """Write the adapter (not the base model) to a folder; ``moelora.load`` reads it.
 
-        Options of the base class about shards and formats have no meaning here. Raises MoeloraError for push_to_hub.
+        Options of the base class about shards and formats have no meaning here. Called by all processes of a run; the
+        first one writes. Raises MoeloraError for push_to_hub.
         """
         if push_to_hub:
             raise MoeloraError("save_pretrained(push_to_hub=True): save first, then model.push_to_hub(REPO) uploads it")
+        state = wholes(adapter_tensors(self), is_main_process) if state_dict is None else state_dict
         if is_main_process:
-            write(self, Path(save_directory), state_dict)
+            write(self, Path(save_directory), state)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the adapter (not the base model), with its model card; gives the address of the commit.

@@ -31,8 +31,8 @@ def save(model: nn.Module, folder: str | Path, *, experts: Literal["copied", "pi
     """Write the adapter of ``model`` to ``folder``: experts, router, configuration, base fingerprint, model card.
 
     experts: ``copied`` is self-contained. ``pinned`` writes hub id, commit and sha256 in place of every expert, and
-    needs experts that are frozen and all from the hub. Raises OutputError when that is not so, or when the folder holds
-    files that are not an adapter's, and writes nothing then.
+    needs experts that are frozen and all from the hub. Called by all processes of a run; the first one writes. Raises
+    OutputError when that is not so, or when the folder holds files that are not an adapter's, and writes nothing then.
     """
     folder = Path(folder)
     refuse_foreign(folder)

@@ -20,7 +20,8 @@ from moelora.io.peft import CONFIG, PREFIX, WEIGHTS
 from moelora.model.adapters import is_lora
 from moelora.model.config import AdapterConfig
 from moelora.model.layer import RoutedLinear
-from moelora.model.record import Adaptation, adaptation, routed_layers
+from moelora.model.partition import wholes
+from moelora.model.record import Adaptation, adaptation, main_process, routed_layers
 from moelora.model.saved import saved_modules
 
 ROUTER_FILE = "router.safetensors"
@@ -38,10 +39,15 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def write(model: nn.Module, folder: Path, state_dict: dict[str, Tensor] | None = None, pinned: bool = False) -> None:
-    """``save`` without the check; state_dict: full tensors by parameter name, where the model holds only shards."""
+    """``save`` without the check; state_dict: full tensors by parameter name, if they were gathered already.
+
+    Called by all processes of a run: they gather what an engine holds in parts, and the first of them writes.
+    """
     record = adaptation(model)
     pins = _pins(record) if pinned else {}
-    state = model.state_dict() if state_dict is None else state_dict
+    state = wholes(adapter_tensors(model), main_process()) if state_dict is None else state_dict
+    if not main_process():
+        return
     layers = {layer.site.name: layer for layer in routed_layers(model)}
     rest = {name: _find(state, name) for name in layer_tensors(layers)}
     for path, module in saved_modules(model).items():

@@ -24,10 +24,12 @@ from moelora.data.mixture import mix
 from moelora.data.prompts import as_trl, uses_chat
 from moelora.model.adapt import adapt, parameter_counts
 from moelora.model.base import TINY, base_source
-from moelora.model.record import adaptation
+from moelora.model.record import adaptation, main_process
 from moelora.model.routed import disabled
 from moelora.model.write import write
-from moelora.recipe import Recipe
+from moelora.recipe import Recipe, deepspeed_options
+from moelora.train.checkpoint import newest
+from moelora.train.processes import agreed, join
 from moelora.train.report import write_report
 from moelora.train.trainer import MoeLoraTrainer
 
@@ -60,8 +62,9 @@ def train(
     until recipe, data and model are all found good. Raises MoeloraError.
     """
     out = recipe.output_dir
-    checkpoint = _checkpoint(out, resume)
     arguments = sft_config(recipe)
+    join(arguments)
+    checkpoint = agreed(lambda: _checkpoint(out, resume))
     set_seed(arguments.seed)
     tasks = load_tasks(recipe.data)
     names = [task.name for task in tasks]
@@ -74,18 +77,18 @@ def train(
     recipe = recipe.model_copy(update={"adapter": adaptation(model).config})  # hub ids are pinned now
     _check_tasks(model, tasks)
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / RECIPE).write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False), encoding="utf-8")
+    if main_process():
+        out.mkdir(parents=True, exist_ok=True)
+        (out / RECIPE).write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False), encoding="utf-8")
     trainer = build_trainer(recipe, model, tokenizer, tasks, rows, held_out)
     base = None
     if evaluate_base and held_out is not None:
         with disabled(model):
             base = task_metrics(trainer.measure(), names)
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - started
-    if trainer.is_world_process_zero():
-        write(model, out)  # before anything else can go wrong
+    began = time.perf_counter()
+    trainer.train_guarded(checkpoint)
+    seconds = time.perf_counter() - began
+    write(model, out)  # before anything else can go wrong
     metrics = trainer.evaluate() if held_out is not None else {}
 
     trainable, total = parameter_counts(model)
@@ -97,10 +100,11 @@ def train(
         "tasks": task_metrics(metrics, names),
         "routing": {key.removeprefix("eval_routing/"): v for key, v in metrics.items() if "_routing/" in key},
         "skipped_rows": sum(len(task.skipped) for task in tasks),
+        "skipped_steps": trainer.guard.skipped if trainer.guard is not None else 0,
     }
     routing = trainer.routing.to_json() if trainer.routing is not None else {}
     result = Result(out.name, out, model, tokenizer, summary, routing, trainer.state.log_history, base)
-    if trainer.is_world_process_zero():
+    if main_process():
         for name, content in ((SUMMARY, summary), (ROUTING, routing), (HISTORY, result.history)):
             (out / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         write_report(out / "report.html", [result], (out / RECIPE).read_text(encoding="utf-8"), base)
@@ -116,9 +120,13 @@ def sft_config(recipe: Recipe) -> SFTConfig:
         "save_total_limit": 3,
         "bf16": gpu and torch.cuda.is_bf16_supported(),
         "dataloader_pin_memory": gpu,
+        "use_cpu": not torch.accelerator.is_available(),
         "gradient_checkpointing": gpu,
+        "ddp_find_unused_parameters": False,  # experts of a layer are one tensor, which always takes part
     }
     given = {**fitting, **recipe.training}
+    if recipe.deepspeed is not None:
+        given["deepspeed"] = deepspeed_options(recipe.deepspeed)
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # renamed within transformers 5
         new = old.replace("gradient", "activation")
         if old in given and new in {field.name for field in dataclasses.fields(SFTConfig)}:
@@ -146,6 +154,7 @@ def build_trainer(
         tokenizer,
         tasks=[task.name for task in tasks],
         exact_match=[task.name for task in tasks if task.config.metric == "exact_match"],
+        max_skipped_steps=recipe.max_skipped_steps,
     )
 
 
@@ -199,12 +208,11 @@ def _checkpoint(out: Path, resume: bool) -> str | None:
             f"training.output_dir {out}: holds a run already; add --resume to go on from its last checkpoint, or "
             "choose another folder (training.output_dir=...)"
         )
-    # The trainer writes its state last, so a checkpoint without it was cut off.
-    complete = [path for path in out.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    if not complete:
+    complete = newest(out)
+    if complete is None:
         print(f"{out}: no complete checkpoint yet, starting from the beginning")
         return None
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2])))
+    return str(complete)
 
 
 def _check_tasks(model: PreTrainedModel, tasks: list[Task]) -> None:
@@ -232,7 +240,7 @@ def _quiet_loading(quiet: bool) -> Iterator[None]:
 
 def _report_skipped(tasks: list[Task]) -> None:
     for task in tasks:
-        if task.skipped:
+        if task.skipped and main_process():
             print(f"{task.name}: skipped {len(task.skipped)} bad rows; the first: {task.skipped[0]}")
 
 

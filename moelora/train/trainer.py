@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
-from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl import SFTConfig, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from moelora.core.errors import DataError
@@ -28,8 +29,9 @@ from moelora.data.prompts import as_prompts
 from moelora.eval.evaluate import exact_match, token_sums
 from moelora.eval.routing import CollapseAlarm, RoutingStats
 from moelora.model.inputs import token_share
-from moelora.model.routed import RoutedModel, after_step, collect, weighted_sum
-from moelora.model.save import restore
+from moelora.model.routed import RoutedModel, collect, weighted_sum
+from moelora.train.durable import DurableTrainer
+from moelora.train.pairs import PairTransform
 from moelora.train.progress import LossBar
 
 
@@ -48,15 +50,7 @@ class TaskCollator(DataCollatorForLanguageModeling):
         return {**batch, "task_ids": task_ids}
 
 
-class _AfterStep(TrainerCallback):
-    """Balance updates for engines whose optimiser does not hold the model's own parameters (DeepSpeed)."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if isinstance(model, RoutedModel):
-            after_step(model)
-
-
-class MoeLoraTrainer(SFTTrainer):
+class MoeLoraTrainer(DurableTrainer):
     """Trains an adapted model on a mixture of tasks.
 
     train_dataset, eval_dataset: rows with task, task_id, prompt and completion (messages or strings) or text, as
@@ -74,11 +68,15 @@ class MoeLoraTrainer(SFTTrainer):
         tasks: list[str],
         exact_match: list[str] | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        max_skipped_steps: int = 10,
+        transform: PairTransform | None = None,
     ) -> None:
+        self.max_skipped_steps, self.transform = max_skipped_steps, transform
         self.tasks, self.exact_match = tasks, exact_match or []
         self.eval_rows = eval_dataset
         self.routing: RoutingStats | None = None
         self.watched: RoutingStats | None = None
+        self.step_tokens: Tensor | None = None
         self.alarm = CollapseAlarm()
         super().__init__(
             model=model,
@@ -86,7 +84,7 @@ class MoeLoraTrainer(SFTTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[_AfterStep(), *(callbacks or [])],
+            callbacks=callbacks,
         )
         own: Any = self.data_collator
         self.data_collator = TaskCollator(
@@ -170,16 +168,39 @@ class MoeLoraTrainer(SFTTrainer):
         with collect(routed, self.watched if watching else None) as collector:
             loss = super().compute_loss(model, inputs, False, num_items_in_batch)
         terms = collector.terms[0] if collector.terms else {}
-        total = weighted_sum(routed, terms)
+        total = weighted_sum(routed, self._shared(terms, routed, inputs, num_items_in_batch))
         mode = "train" if routed.training else "eval"
         if total is not None:
-            share = token_share(routed, {**inputs, "num_items_in_batch": num_items_in_batch})
-            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-                share = share * self.accelerator.num_processes
-            loss = loss + total * share
+            loss = loss + total
         for name, value in terms.items():
             self._metrics[mode][f"aux/{name}"].append(float(value.detach()))
+        if self.guard is not None and routed.training:
+            self.guard.saw(loss, inputs)
         return loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """transformers' micro-batches of a step; also counts their tokens, over processes, for auxiliary means."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        tokens = torch.tensor(sum(_tokens(batch) for batch in batches), device=device)
+        self.step_tokens = self._add_up(tokens) if self.args.average_tokens_across_devices else tokens
+        return batches, items
+
+    def _shared(
+        self, terms: dict[str, Tensor], routed: RoutedModel, inputs: dict[str, Any], num_items: Any
+    ) -> dict[str, Tensor]:
+        """Terms times this micro-batch's part of the step, so that they add up to means over the global batch."""
+        if num_items is None:  # the loss is a plain mean of micro-batches, and so are they
+            return terms
+        assert self.step_tokens is not None  # since ``get_batch_samples``, which counts ``num_items``
+        all_of_them = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        shares = {
+            "all": _tokens(inputs) / self.step_tokens * all_of_them,
+            "answers": token_share(routed, {**inputs, "num_items_in_batch": num_items}) * all_of_them,
+        }
+        losses, micro = routed.moelora.losses, 1 / self.current_gradient_accumulation_steps
+        return {
+            name: v * (shares[losses[name].tokens] if losses[name].of_tokens else micro) for name, v in terms.items()
+        }
 
     def _logs_next(self) -> bool:
         """Whether the optimiser step under way is one whose numbers are logged."""
@@ -258,9 +279,7 @@ class MoeLoraTrainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The adapter writes its own card."""
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        restore(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
 
-    def _load_best_model(self) -> None:
-        if self.state.best_model_checkpoint is not None:
-            restore(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+def _tokens(batch: dict[str, Any]) -> int:
+    """How many tokens of a batch are not padding."""
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()

@@ -124,14 +124,25 @@ def test_the_loss_is_the_token_loss_plus_the_weighted_terms(tmp_path: Path) -> N
 
 
 def test_accumulated_terms_are_the_token_weighted_mean(tmp_path: Path) -> None:
+    """Token losses weigh by answer tokens, terms by all tokens that are not padding."""
     run = trainer(tmp_path, METEORA)
-    batches = list(run.get_train_dataloader())[:2]
-    counts = [float(batch["labels"][:, 1:].ne(-100).sum()) for batch in batches]
-    items = torch.tensor(sum(counts))
+    batches, items = run.get_batch_samples(iter(run.get_train_dataloader()), 2, torch.device("cpu"))
+    answers = torch.tensor([batch["labels"][:, 1:].ne(-100).sum() for batch in batches])
+    tokens = torch.tensor([batch["attention_mask"].sum() for batch in batches])
+    assert items == answers.sum() and answers[0] * tokens[1] != answers[1] * tokens[0]
     loss, _ = gradients(run, batches, items)
-    apart = [gradients(run, [batch])[0] for batch in batches]
-    expected = sum(count * value for count, value in zip(counts, apart, strict=True)) / sum(counts)
-    assert loss == pytest.approx(expected, rel=1e-5)
+    plain, terms = [], []
+    for batch in batches:
+        with collect(run.model) as taken:
+            total, _ = gradients(run, [batch])
+            run.model(**batch)
+        found = taken.terms[-1]
+        terms.append((0.5 * found["supervised_gate"] + 0.1 * found["balance"]).item())
+        plain.append(total - terms[-1])
+    expected = (answers / answers.sum() * torch.tensor(plain)).sum() + (
+        tokens / tokens.sum() * torch.tensor(terms)
+    ).sum()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_plain_text_and_conversations_mix(tmp_path: Path) -> None:

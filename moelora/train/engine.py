@@ -1,0 +1,186 @@
+"""What is trained, whatever engine holds it: whole parameters, gradients and optimiser states.
+
+Plain PyTorch and DDP hold them whole; DeepSpeed ZeRO-1 to ZeRO-3 in parts, with a copy in float32 that the optimiser
+steps. Every method is called by all processes together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moelora.core.errors import MoeloraError
+from moelora.model.partition import whole
+
+
+class Engine:
+    """The trained parameters of a model while it is trained.
+
+    model: as adapted. wrapped: as the trainer calls it. optimizer: the trainer's.
+    """
+
+    def __init__(self, model: nn.Module, wrapped: Any, optimizer: Any) -> None:
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.deepspeed = wrapped if hasattr(wrapped, "zero_optimization_stage") else None
+        self.stage: int = self.deepspeed.zero_optimization_stage() if self.deepspeed is not None else 0
+        if self.deepspeed is not None and not 1 <= self.stage <= 3:
+            raise MoeloraError(f"deepspeed: zero_optimization.stage is {self.stage}; expected 1, 2 or 3")
+        while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        self.optimizer: torch.optim.Optimizer = optimizer
+        """The one that steps, on parameters or on their parts."""
+        self._clip_at = 0.0
+        self.skip = False
+        """Whether the next step leaves everything as it is."""
+        self.optimizer.register_step_pre_hook(self._leave_out)
+
+    def _leave_out(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Parameters without a gradient are not stepped: neither moments, nor decay, nor counts."""
+        if self.skip:
+            for group in optimizer.param_groups:
+                for held in group["params"]:
+                    held.grad = None
+
+    def before_step(self, call: Callable[[], None]) -> None:
+        """Call ``call`` before every optimiser step of DeepSpeed, when gradients are summed up and not yet clipped."""
+        assert self.deepspeed is not None
+        step, engine = self.deepspeed.step, self.deepspeed
+
+        def stepped(*args: Any, **kwargs: Any) -> Any:
+            if engine.is_gradient_accumulation_boundary():
+                call()
+            return step(*args, **kwargs)
+
+        engine.step = stepped
+
+    def clip_first(self) -> None:
+        """From now on DeepSpeed clips in ``clip`` and not in its step."""
+        if self.deepspeed is not None:
+            self._clip_at, self.deepspeed.optimizer.clip_grad = self.deepspeed.optimizer.clip_grad, 0.0
+
+    def clip(self) -> None:
+        """Scale all gradients down to the largest norm allowed, where the trainer has not done it already."""
+        if not self._clip_at:
+            return
+        parts = list(self.held_gradients())
+        square = torch.stack([part.float().square().sum() for part in parts]).sum()
+        torch.distributed.all_reduce(square)
+        factor = (self._clip_at / (square.sqrt() + 1e-6)).clamp(max=1.0)
+        for part in parts:
+            part.mul_(factor)
+
+    def held_gradients(self) -> Iterator[Tensor]:
+        """The gradients that this process holds, or their parts."""
+        if self.deepspeed is None:
+            yield from (p.grad for p in self.parameters.values() if p.grad is not None)
+            return
+        parts = self.deepspeed.optimizer.averaged_gradients
+        yield from (part for group in parts.values() if group is not None for part in group if part is not None)
+        yield from (held.grad for held in self._held() if held.grad is not None)  # where they are offloaded
+
+    def gradient(self, parameter: Tensor) -> Tensor:
+        """The whole gradient, float32 under DeepSpeed."""
+        if self.deepspeed is None:
+            assert parameter.grad is not None
+            return parameter.grad
+        from deepspeed.utils import safe_get_full_grad
+
+        value: Tensor = safe_get_full_grad(parameter)
+        return value.view(self.shape(parameter))
+
+    def set_gradient(self, parameter: Tensor, value: Tensor) -> None:
+        """Replace the whole gradient."""
+        if self.deepspeed is None:
+            assert parameter.grad is not None
+            parameter.grad.copy_(value)
+            return
+        from deepspeed.utils import safe_set_full_grad
+
+        safe_set_full_grad(parameter, value)
+
+    def set_value(self, parameter: Tensor, value: Tensor) -> None:
+        """Replace the whole parameter, and the copy that the optimiser steps."""
+        if self.stage < 3:
+            parameter.data.copy_(value)
+        if self.deepspeed is not None:
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
+
+    @staticmethod
+    def shape(parameter: Tensor) -> torch.Size:
+        """The whole parameter's."""
+        found: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+        return found
+
+    def states(self) -> dict[str, Tensor]:
+        """The optimiser's state of every parameter, whole, as ``parameter/key``; numbers as tensors of no dimension."""
+        found: dict[str, Tensor] = {}
+        if self.deepspeed is None:
+            for name, parameter in self.parameters.items():
+                for key, value in self.optimizer.state.get(parameter, {}).items():
+                    found[f"{name}/{key}"] = torch.as_tensor(value).detach()
+            return found
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        for held, names in self._owners():
+            state = self.optimizer.state.get(held, {})
+            for name in names:
+                for key, value in state.items():
+                    if isinstance(value, Tensor) and value.shape == held.shape:
+                        full: Tensor = safe_get_full_optimizer_state(self.parameters[name], key)
+                        found[f"{name}/{key}"] = full.view(self.shape(self.parameters[name]))
+                    else:
+                        found[f"{name}/{key}"] = torch.as_tensor(value).detach().clone()  # each has its own in a file
+        return found
+
+    def set_states(self, states: dict[str, Tensor]) -> None:
+        """Give the optimiser the states that ``states`` once gave, perhaps in another engine."""
+        own: dict[str, dict[str, Tensor]] = {}
+        for name, value in states.items():
+            parameter, _, key = name.rpartition("/")
+            own.setdefault(parameter, {})[key] = value
+        if self.deepspeed is None:
+            params = [p for group in self.optimizer.param_groups for p in group["params"]]
+            names = {id(p): name for name, p in self.parameters.items()}
+            numbered = {i: own[names[id(p)]] for i, p in enumerate(params) if names.get(id(p)) in own}
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+            return
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for held, of in self._owners():
+            for key, value in own.get(of[0], {}).items():
+                split = value.shape == self.shape(self.parameters[of[0]])
+                self.optimizer.state[held][key] = torch.zeros_like(held) if split else value.clone()
+        if self.stage < 3 and own:
+            self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+        for name, values in own.items():
+            whole_one = self.parameters[name]
+            for key, value in values.items():
+                if value.shape == self.shape(whole_one):
+                    safe_set_full_optimizer_state(whole_one, value.to(whole_one.device), key)
+
+    def _held(self) -> list[Tensor]:
+        """The float32 parts that DeepSpeed's optimiser steps."""
+        zero = self.deepspeed.optimizer  # type: ignore[union-attr]
+        parts: list[Tensor] = (
+            zero.fp32_partitioned_groups_flat if self.stage == 3 else (zero.single_partition_of_fp32_groups)
+        )
+        return parts
+
+    def _owners(self) -> Iterator[tuple[Tensor, list[str]]]:
+        """Every part with the names of the parameters that lie in it, in some process."""
+        zero = self.deepspeed.optimizer  # type: ignore[union-attr]
+        names = {id(p): name for name, p in self.parameters.items()}
+        groups = zero.fp16_groups if self.stage == 3 else zero.bit16_groups
+        for held, group in zip(self._held(), groups, strict=True):
+            yield held, [names[id(parameter)] for parameter in group]
+
+
+def trained_values(engine: Engine) -> dict[str, Tensor]:
+    """Whole parameters by name, float32 under DeepSpeed."""
+    return {name: whole(parameter) for name, parameter in engine.parameters.items()}
