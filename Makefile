@@ -6,7 +6,7 @@ PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c co
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart hub-adapters test lint bench clean
+.PHONY: help quickstart hub-adapters test test-full lint bench clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -19,6 +19,10 @@ hub-adapters: .venv/.installed  ## Train eight unlike PEFT adapters in out/hub_a
 
 test: .venv/.installed  ## Run the tests; PYTEST_ARGS="tests/routers -k meteora"
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,TRITON_INTERPRET=1 .venv/bin/python -m pytest tests/triton_kernels)
+
+test-full: .venv/.installed  ## Run the tests, and those with many repetitions, too; their counts are printed
+	.venv/bin/python -m pytest -m "" $(PYTEST_ARGS)
 	$(if $(PYTEST_ARGS),,TRITON_INTERPRET=1 .venv/bin/python -m pytest tests/triton_kernels)
 
 lint: .venv/.installed  ## Check style, formatting and types

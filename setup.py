@@ -172,6 +172,7 @@ setup(
         "quant": ["bitsandbytes>=0.48"],
         "triton": ["triton>=3.6; sys_platform == 'linux'"],
         "dev": [
+            "deepspeed>=0.18; sys_platform == 'linux'",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "pytest-timeout>=2.3",

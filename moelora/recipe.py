@@ -154,6 +154,8 @@ def _check_training(training: Mapping[str, Any]) -> None:
     for key, value in training.items():
         if key == "deepspeed":
             raise ConfigError("training.deepspeed: write it beside training, not in it; for instance deepspeed: zero2")
+        if key in ("fsdp", "fsdp_config") and value:
+            raise ConfigError(f"training.{key}: FSDP is not supported; deepspeed: zero3 parts the model, too")
         if key not in fields:
             raise ConfigError(f"training: unknown key '{key}'{nearest(key, fields)}")
         try:

@@ -34,7 +34,8 @@ def _readable_errors() -> Iterator[None]:
     try:
         yield
     except MoeloraError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not error.told:
+            print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         print(
@@ -53,6 +54,10 @@ def train(
     num_processes: Annotated[
         int | None, typer.Option(min=1, help="Start so many on this machine, one for each GPU.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would take: parameters, memory per GPU, batches, steps.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON instead of tables.")] = False,
 ) -> None:
     """Train as a recipe says; writes the adapter, summary.json and report.html to training.output_dir."""
     with _readable_errors():
@@ -63,6 +68,15 @@ def train(
         from moelora.train.run import train as run
 
         read = read_recipe(recipe, overrides or [], plugin or [])
+        if dry_run:
+            import json as encoder
+
+            from moelora.cli.show import plan_table
+            from moelora.train.dry_run import plan
+
+            found = plan(read, plugin or [], num_processes or 1)
+            print(encoder.dumps(found, indent=1)) if json else plan_table(found)
+            return
         if (num_processes or read.deepspeed) and not started():
             again = ["train", recipe, *(overrides or []), *(f"--plugin={path}" for path in plugin or [])]
             raise typer.Exit(launch([*again, *(["--resume"] if resume else [])], num_processes or 1))

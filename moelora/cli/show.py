@@ -196,6 +196,44 @@ def export_table(export: Any) -> None:
     print(f"{export.kind}: {export.folder}")
 
 
+def plan_table(found: Mapping[str, Any]) -> None:
+    """What a run would do: its parameters, memory by part, tasks, batches and steps."""
+    count, memory, batch, epoch = (found[key] for key in ("parameters", "memory", "batch", "epoch"))
+    said = ", ".join(
+        f"{part} {count[part]:,}" for part in ("base", "experts", "router", "modules_to_save") if part in count
+    )
+    print(f"{found['base_model']}, router {found['router']} on {count['layers']} layers")
+    print(f"parameters: {said}; trainable {count['trainable']:,} of {count['total']:,} ({count['percent']:.4g} %)\n")
+    table = Table(title=f"memory of a process, {memory['engine']}, {batch['processes']} of them", box=box.SIMPLE_HEAD)
+    for column in ("part", "GPU", "host", "dtype", ""):
+        table.add_column(column, justify="right" if column in ("GPU", "host") else "left", no_wrap=bool(column))
+    for part in memory["parts"]:
+        sizes = [decimal(part[where]) if part[where] else "" for where in ("gpu", "host")]
+        table.add_row(part["part"], *sizes, part["dtype"], part["how"])
+    table.add_section()
+    table.add_row("in all, at most", decimal(memory["gpu"]), decimal(memory["host"]) if memory["host"] else "", "", "")
+    Console().print(table)
+    for line in memory["missing"]:
+        print(f"not predicted, and not in the sum: {line}")
+    print(f"precision: {memory['precision']}\n")
+    tasks = Table("task", box=box.SIMPLE_HEAD)
+    for column in ("rows", "tokens", "share"):
+        tasks.add_column(column, justify="right")
+    for task_name, task in found["tasks"].items():
+        share = f"{100 * task['tokens'] / max(1, epoch['tokens']):.1f} %"
+        tasks.add_row(task_name, f"{task['rows']:,}", f"{task['tokens']:,}", share)
+    tasks.add_section()
+    tasks.add_row("an epoch", f"{epoch['rows']:,}", f"{epoch['tokens']:,}", "")
+    Console().print(tasks)
+    packed = f"packed into {epoch['sequences']:,} rows" if epoch["packing"] else "not packed"
+    factors = f"{batch['per_device']} per device x {batch['accumulation']} accumulated x {batch['processes']} processes"
+    print(f"batch: {factors} = {batch['global']:,} rows; {packed}, the longest has {batch['longest_row']:,} tokens")
+    an_epoch = f"{epoch['steps']:,} in an epoch of about {epoch['tokens_per_step']:,} tokens each"
+    print(f"steps: {an_epoch}; {found['steps']:,} in all ({found['epochs']:g} epochs)")
+    for note in found["notes"]:
+        print(f"note: {note}")
+
+
 def environment_table(found: Mapping[str, Any]) -> None:
     """Versions, then a line each on kernels, GPUs and threads."""
     table = Table("package", "version", box=box.SIMPLE_HEAD)

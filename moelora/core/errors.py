@@ -5,7 +5,9 @@ The command line prints them without a traceback and exits with 2.
 
 
 class MoeloraError(ValueError):
-    """Base of all errors that moelora raises about its input."""
+    """Base of all errors that moelora raises about its input. told: whether another process of the run says it."""
+
+    told = False
 
 
 class ConfigError(MoeloraError):

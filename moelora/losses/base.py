@@ -20,20 +20,21 @@ class Loss(ABC):
         refused before training.
     expert_per_task: expert i stands for task i, so there must be as many experts as tasks.
     anchored: it reads ``view.factors.anchors``, the experts as they were at the start.
-    of_tokens: it counts tokens. A term about the experts alone does not, and refuses ``tokens: answers``.
+    of_tokens: what it is a mean over: ``"all"`` tokens that are not padding, those ``"followed"`` by another of their
+        sequence, or ``"none"``: a term about the experts alone, which refuses ``tokens: answers``.
     Recipe keys are keyword-only arguments; ``weight`` and ``tokens`` are common to all.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
     expert_per_task: ClassVar[bool] = False
     anchored: ClassVar[bool] = False
-    of_tokens: ClassVar[bool] = True
+    of_tokens: ClassVar[Literal["all", "followed", "none"]] = "all"
 
     def __init__(self, weight: float, tokens: Literal["all", "answers"] = "all") -> None:
         """tokens: count every token that is not padding, or only those whose prediction carries loss."""
         if weight < 0:
             raise ConfigError(f"losses: a weight must not be negative, found {weight}")
-        if tokens != "all" and not self.of_tokens:
+        if tokens != "all" and self.of_tokens == "none":
             name = type(self).__module__.rpartition(".")[2]
             raise ConfigError(f"losses.{name} is about the experts and counts no tokens; leave out tokens: {tokens}")
         self.weight, self.tokens = weight, tokens

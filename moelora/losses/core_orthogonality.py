@@ -27,7 +27,7 @@ class CoreOrthogonality(Loss):
     """Penalises cores that point the same way. Raises ConfigError for ``tokens: answers``."""
 
     needs = ("core",)
-    of_tokens = False
+    of_tokens = "none"
 
     def __call__(self, route: Route, view: View) -> Tensor:
         assert view.factors is not None and view.factors.core is not None

@@ -29,7 +29,7 @@ class L2Preservation(Loss):
     """Squared distance from the start. Raises ConfigError for ``tokens: answers``."""
 
     anchored = True
-    of_tokens = False
+    of_tokens = "none"
 
     def __call__(self, route: Route, view: View) -> Tensor:
         assert view.factors is not None

@@ -29,6 +29,7 @@ class SupervisedGate(Loss):
     """Cross-entropy of the gate against task ids."""
 
     needs = ("logits",)
+    of_tokens = "followed"
     expert_per_task = True
 
     def __call__(self, route: Route, view: View) -> Tensor:

@@ -253,7 +253,7 @@ def _refuse_blind_loss(name: str, loss: Loss, router: Router, experts: Experts, 
             f"losses.{name} reads {' and '.join(missing)}, which neither router '{config.router['name']}' nor experts "
             f"'{config.experts.name}' have; remove the loss or choose others"
         )
-    if router.around == "ffn" and not loss.of_tokens:
+    if router.around == "ffn" and loss.of_tokens == "none":
         raise ConfigError(
             f"losses.{name} reads the experts of every layer, and with router '{config.router['name']}' only the first "
             "layer of a feed-forward block has terms; remove the loss or choose another router"

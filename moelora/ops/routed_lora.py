@@ -23,6 +23,10 @@ from moelora.ops.project import project
 CHOSEN: Final = ("compiled", "sorted", "gather")
 """Paths that compute chosen units alone, and of them keep h."""
 
+USUAL: Final = 4096
+"""Tokens by which processes that train together decide what is mapped first. It decides in which order gradients come,
+which ZeRO-1 and ZeRO-2 need to be the same in all of them; their own token counts differ."""
+
 
 def _only_dense(x: Tensor, path: str) -> None:
     if path != "dense":
@@ -217,7 +221,10 @@ def maps_first(x: Tensor, factors: Factors, k: int | None) -> bool:
         return False
     ranks = B.shape[1]
     units = max(1, ranks // 16) if core is None else core.shape[0]
-    return choose(_shape(x, A, B, core, units, min(16, ranks), k), machine) == "dense"
+    shape = _shape(x, A, B, core, units, min(16, ranks), k)
+    if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
+        shape = replace(shape, tokens=USUAL)
+    return choose(shape, machine) == "dense"
 
 
 def apply_each(x: Tensor, factors: Factors, route: Route) -> Tensor:

@@ -24,11 +24,13 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from moelora.core.errors import OutputError
+from moelora.core.errors import AdapterError, MoeloraError, OutputError
 from moelora.io.files import sha256_of
+from moelora.io.folder import MANIFEST as ADAPTER
 from moelora.io.folder import write_file
 from moelora.model.write import write
 from moelora.train.processes import together
@@ -68,9 +70,8 @@ def write_checkpoint(
     """
     folder = checkpoint_folder(out, training.step)
     partial = out / f".{folder.name}.partial"
-    bad = next(
-        (name for name, value in {**adapter, **states, **pairs}.items() if not torch.isfinite(value).all()), None
-    )
+    values = (item for part in (adapter, states, pairs) for item in part.items())
+    bad = next((name for name, value in values if not torch.isfinite(value).all()), None)
     if bad is not None:
         raise OutputError(
             f"{folder}: not written, for {bad} holds a number that is not finite; go on from an older checkpoint with "
@@ -91,7 +92,7 @@ def write_checkpoint(
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was resumed from before it
         os.rename(partial, folder)
         _to_disk(out)
-    except (OSError, OutputError) as error:
+    except (OSError, MoeloraError, SafetensorError) as error:  # a disk that is full is the last of these, too
         shutil.rmtree(partial, ignore_errors=True)
         why = error.strerror or error if isinstance(error, OSError) else error
         raise OutputError(f"{folder}: cannot write the checkpoint: {why}{_newest_is(out)}") from error
@@ -99,17 +100,30 @@ def write_checkpoint(
 
 
 def rotate(out: Path, keep: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints beyond ``keep``, never the best one or the newest."""
-    if not keep:
+    """Remove the oldest checkpoints beyond ``keep``, never the best one or the newest. Raises OutputError.
+
+    The newest is read back before anything is removed. Folders without a manifest neither count nor go.
+    """
+    numbered = sorted(_numbered(out), reverse=True)
+    found = [folder for step in numbered if (folder := checkpoint_folder(out, step)) and (folder / MANIFEST).is_file()]
+    if not keep or len(found) <= keep:
         return
-    found = sorted(_numbered(out), reverse=True)
-    spared = {checkpoint_folder(out, step).name for step in found[: max(1, keep - (best is not None))]}
-    spared |= {Path(best).name} if best is not None else set()
-    for step in found:
-        folder = checkpoint_folder(out, step)
+    while found and fault(found[0]):  # of a run that was resumed from before it
+        found.pop(0)
+    newest_first = [folder.name for folder in found]
+    spared = {Path(best).name} & set(newest_first) if best is not None else set()
+    spared |= set(newest_first[:1])
+    for name in newest_first:
+        if len(spared) < keep:
+            spared.add(name)
+    for folder in found:
         if folder.name not in spared:
             gone = out / f".{folder.name}.partial"  # a folder half removed is no checkpoint
-            os.rename(folder, gone)
+            shutil.rmtree(gone, ignore_errors=True)
+            try:
+                os.rename(folder, gone)
+            except OSError as error:
+                raise OutputError(f"{folder}: cannot remove the checkpoint: {error.strerror or error}") from error
             shutil.rmtree(gone, ignore_errors=True)
 
 
@@ -132,13 +146,21 @@ def fault(folder: Path) -> str:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             return f"{MANIFEST} has format {content['format']}, and this version reads {FORMAT}"
-        for name, expected in content["files"].items():
+        if checkpoint_folder(folder.parent, content["step"]).name != folder.name:
+            return f"{MANIFEST} is of step {content['step']}"
+        listed = content["files"].items()
+        if unlisted := {ADAPTER, STATE, TRAINING, OPTIMIZER, PAIRS} - content["files"].keys():
+            return f"{MANIFEST} does not list {min(unlisted)}"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    for name, expected in listed:
+        try:
             if _hash(folder / name) != expected:
                 return f"{name} was changed"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
+        except (OSError, AdapterError) as error:
+            return f"{name} is missing" if not os.path.exists(folder / name) else f"{name} cannot be read ({error})"
     return ""
 
 
@@ -190,8 +212,9 @@ def _numbered(out: Path) -> Iterator[int]:
 
 
 def _newest_is(out: Path) -> str:
-    found = max(_numbered(out), default=None)
-    return "; no older checkpoint is there" if found is None else f"; the newest is {checkpoint_folder(out, found)}"
+    folders = (checkpoint_folder(out, step) for step in sorted(_numbered(out), reverse=True))
+    found = next((folder for folder in folders if not fault(folder)), None)
+    return "; no older checkpoint is there" if found is None else f"; the newest is {found}"
 
 
 def _files(folder: Path) -> list[Path]:

@@ -63,6 +63,7 @@ class DurableTrainer(SFTTrainer):
     """
 
     model: Any
+    optimizer: Any
     lr_scheduler: Any
     tasks: list[str]
     max_skipped_steps: int
@@ -117,10 +118,17 @@ class DurableTrainer(SFTTrainer):
             self.engine.set_states(read_tensors(folder, OPTIMIZER))
             if self.pairs is not None:
                 self.pairs.set_tensors(read_tensors(folder, PAIRS))
-            self.lr_scheduler.load_state_dict(read_training(folder).scheduler)
-            for group, rate in zip(self.engine.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-                group["lr"] = rate
+            self._resume_schedule(read_training(folder).scheduler)
         return prepared
+
+    def _resume_schedule(self, saved: dict[str, Any]) -> None:
+        """Engines differ in whether they keep empty groups of parameters, so what is per group goes by position."""
+        numbers = {key: value for key, value in saved.items() if not isinstance(value, list)}
+        self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **numbers})
+        rates = saved["_last_lr"]
+        for place, group in enumerate(self.optimizer.param_groups):
+            group["lr"] = rates[min(place, len(rates) - 1)]
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """It is read in ``_prepare_for_training``, by every engine in the same way."""

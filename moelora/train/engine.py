@@ -126,6 +126,7 @@ class Engine:
             return found
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        self._link()
         for held, names in self._owners():
             state = self.optimizer.state.get(held, {})
             for name in names:
@@ -156,8 +157,7 @@ class Engine:
             for key, value in own.get(of[0], {}).items():
                 split = value.shape == self.shape(self.parameters[of[0]])
                 self.optimizer.state[held][key] = torch.zeros_like(held) if split else value.clone()
-        if self.stage < 3 and own:
-            self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+        self._link()
         for name, values in own.items():
             whole_one = self.parameters[name]
             for key, value in values.items():
@@ -171,6 +171,15 @@ class Engine:
             zero.fp32_partitioned_groups_flat if self.stage == 3 else (zero.single_partition_of_fp32_groups)
         )
         return parts
+
+    def _link(self) -> None:
+        """Tell parameters where their states are: of several groups, ZeRO-1 and ZeRO-2 do it for the first alone."""
+        if self.stage < 3:
+            from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+            zero = self.deepspeed.optimizer  # type: ignore[union-attr]
+            for held, group in zip(self._held(), zero.bit16_groups, strict=True):
+                lazy_init_hp_params_optimizer_state(group, held, self.optimizer.state)
 
     def _owners(self) -> Iterator[tuple[Tensor, list[str]]]:
         """Every part with the names of the parameters that lie in it, in some process."""

@@ -107,7 +107,7 @@ class Guard:
         try:
             with collect(self.model, with_terms=False):
                 self.wrapped.eval()
-                self.wrapped(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
+                self.wrapped(**{k: v for k, v in inputs.items() if k != "labels"} | {"use_cache": False})
         finally:
             self.wrapped.train(was)
             for hook in hooks:

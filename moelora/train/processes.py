@@ -61,6 +61,7 @@ def agreed(decide: Callable[[], T]) -> T:
             found[1] = error
     torch.distributed.broadcast_object_list(found)
     if found[1] is not None:
+        found[1].told = not main_process()
         raise found[1]
     value: T = found[0]
     return value

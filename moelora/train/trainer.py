@@ -181,7 +181,8 @@ class MoeLoraTrainer(DurableTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """transformers' micro-batches of a step; also counts their tokens, over processes, for auxiliary means."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        tokens = torch.tensor(sum(_tokens(batch) for batch in batches), device=device)
+        counts = [_tokens(batch).to(device) for batch in batches]
+        tokens = torch.stack(counts).sum(0) if counts else torch.zeros(2, dtype=torch.long, device=device)
         self.step_tokens = self._add_up(tokens) if self.args.average_tokens_across_devices else tokens
         return batches, items
 
@@ -193,14 +194,16 @@ class MoeLoraTrainer(DurableTrainer):
             return terms
         assert self.step_tokens is not None  # since ``get_batch_samples``, which counts ``num_items``
         all_of_them = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        every, followed = _tokens(inputs).to(self.step_tokens.device) / self.step_tokens.clamp(min=1) * all_of_them
         shares = {
-            "all": _tokens(inputs) / self.step_tokens * all_of_them,
+            "all": every,
+            "followed": followed,
+            "none": 1 / self.current_gradient_accumulation_steps,
             "answers": token_share(routed, {**inputs, "num_items_in_batch": num_items}) * all_of_them,
         }
-        losses, micro = routed.moelora.losses, 1 / self.current_gradient_accumulation_steps
-        return {
-            name: v * (shares[losses[name].tokens] if losses[name].of_tokens else micro) for name, v in terms.items()
-        }
+        losses = routed.moelora.losses.items()
+        counted = {name: loss.of_tokens if loss.tokens == "all" else "answers" for name, loss in losses}
+        return {name: value * shares[counted[name]] for name, value in terms.items()}
 
     def _logs_next(self) -> bool:
         """Whether the optimiser step under way is one whose numbers are logged."""
@@ -280,6 +283,9 @@ class MoeLoraTrainer(DurableTrainer):
         """The adapter writes its own card."""
 
 
-def _tokens(batch: dict[str, Any]) -> int:
-    """How many tokens of a batch are not padding."""
-    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+def _tokens(batch: dict[str, Any]) -> Tensor:
+    """[2] how many tokens of a batch are not padding, and how many of these another of their sequence follows."""
+    ids, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
+    count = torch.tensor(ids.numel()) if mask is None else mask.sum()
+    starts = torch.tensor(len(ids)) if positions is None else (positions == 0).sum()
+    return torch.stack([count, count - starts.to(count.device)])

@@ -146,3 +146,13 @@ def test_a_router_from_a_file_of_one_s_own(tmp_path: Path) -> None:
     assert "no method named 'alike'" in run("eval", str(out), code=2)
     run("eval", str(out), "--plugin", str(plugin))
     assert "alike" in run("methods", "--plugin", str(plugin))
+
+
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    given = ["train", "meteora", f"training.output_dir={out}", "data.max_rows=40", "deepspeed=zero2", "--dry-run"]
+    shown = run(*given, "--num-processes", "4")
+    assert "ZeRO-2, 4 of them" in shown and "steps:" in shown
+    found = json.loads(run(*given, "--json"))
+    assert found["parameters"]["trainable"] == 337_920
+    assert not out.exists()

@@ -124,25 +124,24 @@ def test_the_loss_is_the_token_loss_plus_the_weighted_terms(tmp_path: Path) -> N
 
 
 def test_accumulated_terms_are_the_token_weighted_mean(tmp_path: Path) -> None:
-    """Token losses weigh by answer tokens, terms by all tokens that are not padding."""
+    """Token losses weigh by answers, terms by tokens that are not padding, or that another follows."""
     run = trainer(tmp_path, METEORA)
     batches, items = run.get_batch_samples(iter(run.get_train_dataloader()), 2, torch.device("cpu"))
-    answers = torch.tensor([batch["labels"][:, 1:].ne(-100).sum() for batch in batches])
-    tokens = torch.tensor([batch["attention_mask"].sum() for batch in batches])
+    answers = torch.tensor([batch["labels"][:, 1:].ne(-100).sum() for batch in batches]).double()
+    tokens = torch.tensor([batch["attention_mask"].sum() for batch in batches]).double()
+    followed = tokens - torch.tensor([len(batch["input_ids"]) for batch in batches])
     assert items == answers.sum() and answers[0] * tokens[1] != answers[1] * tokens[0]
     loss, _ = gradients(run, batches, items)
-    plain, terms = [], []
-    for batch in batches:
+    expected = 0.0
+    for batch, of_answers, of_tokens, of_followed in zip(
+        batches, answers / answers.sum(), tokens / tokens.sum(), followed / followed.sum(), strict=True
+    ):
+        total, _ = gradients(run, [batch])
         with collect(run.model) as taken:
-            total, _ = gradients(run, [batch])
             run.model(**batch)
-        found = taken.terms[-1]
-        terms.append((0.5 * found["supervised_gate"] + 0.1 * found["balance"]).item())
-        plain.append(total - terms[-1])
-    expected = (answers / answers.sum() * torch.tensor(plain)).sum() + (
-        tokens / tokens.sum() * torch.tensor(terms)
-    ).sum()
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
+        gate, balance = 0.5 * taken.terms[0]["supervised_gate"].item(), 0.1 * taken.terms[0]["balance"].item()
+        expected += of_answers * (total - gate - balance) + of_followed * gate + of_tokens * balance
+    assert loss == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_plain_text_and_conversations_mix(tmp_path: Path) -> None:
