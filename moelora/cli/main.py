@@ -64,7 +64,7 @@ def train(
         from moelora.cli.show import task_table
         from moelora.model.record import main_process
         from moelora.recipe import read_recipe
-        from moelora.train.processes import launch, started
+        from moelora.train.processes import launch, leave, started
         from moelora.train.run import train as run
 
         read = read_recipe(recipe, overrides or [], plugin or [])
@@ -80,10 +80,13 @@ def train(
         if (num_processes or read.deepspeed) and not started():
             again = ["train", recipe, *(overrides or []), *(f"--plugin={path}" for path in plugin or [])]
             raise typer.Exit(launch([*again, *(["--resume"] if resume else [])], num_processes or 1))
-        result = run(read, plugin or [], resume)
-        if main_process():
-            task_table({result.name: result.summary["tasks"]})
-            print(f"adapter, summary.json and report.html are in {result.out}")
+        try:
+            result = run(read, plugin or [], resume)
+            if main_process():
+                task_table({result.name: result.summary["tasks"]})
+                print(f"adapter, summary.json and report.html are in {result.out}")
+        finally:
+            leave()
 
 
 @app.command()

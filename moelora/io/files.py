@@ -121,12 +121,12 @@ def parse_object(text: bytearray, path: Path) -> dict[str, Any]:
     return found
 
 
-def sha256_of(folder: Path, name: str, root: Path | None = None) -> str:
-    """The SHA-256 of a file of the folder, in hexadecimal."""
+def sha256_of(folder: Path, name: str, root: Path | None = None, limit: int | None = MAX_FILE) -> str:
+    """The SHA-256 of a file of the folder, in hexadecimal. limit: bytes of a file that others may have made."""
     digest = hashlib.sha256()
     with open_inside(folder, name, root) as file:
-        if (size := os.fstat(file.fileno()).st_size) > MAX_FILE:
-            fail(Path(folder) / name, "size", f"{size} bytes", f"at most {MAX_FILE}", AGAIN)
+        if (size := os.fstat(file.fileno()).st_size) > (limit or size):
+            fail(Path(folder) / name, "size", f"{size} bytes", f"at most {limit}", AGAIN)
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

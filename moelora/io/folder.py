@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import FailFast, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -206,9 +207,12 @@ def write_file(path: Path, content: dict[str, Tensor] | str) -> str:
     if isinstance(content, str):
         partial.write_text(content, encoding="utf-8")
     else:
-        save_file({key: value.contiguous() for key, value in content.items()}, partial, metadata={"format": "pt"})
+        try:
+            save_file({key: value.contiguous() for key, value in content.items()}, partial, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, among others
+            raise OSError(str(error)) from error
     with open(partial, "rb+") as file:
         os.fsync(file.fileno())
-    digest = sha256_of(partial.parent, partial.name)
+    digest = sha256_of(partial.parent, partial.name, limit=None)
     os.replace(partial, path)
     return digest

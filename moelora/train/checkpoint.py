@@ -24,7 +24,6 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -92,7 +91,7 @@ def write_checkpoint(
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was resumed from before it
         os.rename(partial, folder)
         _to_disk(out)
-    except (OSError, MoeloraError, SafetensorError) as error:  # a disk that is full is the last of these, too
+    except (OSError, MoeloraError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         why = error.strerror or error if isinstance(error, OSError) else error
         raise OutputError(f"{folder}: cannot write the checkpoint: {why}{_newest_is(out)}") from error
@@ -222,7 +221,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _hash(path: Path) -> str:
-    return sha256_of(path.parent, path.name)
+    return sha256_of(path.parent, path.name, limit=None)
 
 
 def _to_disk(folder: Path) -> None:

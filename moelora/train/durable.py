@@ -118,8 +118,17 @@ class DurableTrainer(SFTTrainer):
             self.engine.set_states(read_tensors(folder, OPTIMIZER))
             if self.pairs is not None:
                 self.pairs.set_tensors(read_tensors(folder, PAIRS))
-            self._resume_schedule(read_training(folder).scheduler)
+            training = read_training(folder)
+            there, here = training.global_batch, self._global_batch()
+            if there != here and self.is_world_process_zero():
+                order = "rows will be seen in another order (per device x accumulated x processes is a step's rows)"
+                print(f"{folder}: {there} rows to a step there, {here} here: {order}", file=sys.stderr)
+            self._resume_schedule(training.scheduler)
         return prepared
+
+    def _global_batch(self) -> int:
+        rows: int = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return rows
 
     def _resume_schedule(self, saved: dict[str, Any]) -> None:
         """Engines differ in whether they keep empty groups of parameters, so what is per group goes by position."""
@@ -156,8 +165,7 @@ class DurableTrainer(SFTTrainer):
         adapter = wholes(adapter_tensors(self.model), keep=main)
         states = {name: value.cpu() for name, value in self.engine.states().items() if main}
         pairs = {} if self.pairs is None else self.pairs.tensors()
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        training = Training(step, batch, self.lr_scheduler.state_dict(), random_states())
+        training = Training(step, self._global_batch(), self.lr_scheduler.state_dict(), random_states())
 
         def write_all() -> None:
             state = json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True) + "\n"

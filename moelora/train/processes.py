@@ -44,6 +44,12 @@ def join(arguments: TrainingArguments) -> None:
         torch.set_num_threads(max(1, cores // local))
 
 
+def leave() -> None:
+    """Part from the others: a process that just ends may be aborted by threads that still wait for messages."""
+    if together():
+        torch.distributed.destroy_process_group()
+
+
 def together() -> bool:
     """Whether this process is one of a group."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()

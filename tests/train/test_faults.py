@@ -21,6 +21,8 @@ from moelora.train import run as running
 from tests.train.test_world import adapter, losses
 from tests.train.world import ENGINES, FAST, prepare, run
 
+pytestmark = pytest.mark.timeout(900)
+
 STEPS, BAD = 5, 3
 LAYER = "model.layers.1.self_attn.v_proj"
 

@@ -15,28 +15,37 @@ from torch import Tensor
 
 from tests.train.world import ENGINES, run
 
-STEPS, HALF = 8, 4
+pytestmark = pytest.mark.timeout(3000)
+
 ROUTERS = ["smora", "comol", "meteora", "xlora", "lora_mixer", "flylora"]
 """The mission's five, and one with a balance bias; ``task`` sends every process's tokens to experts of its own."""
 
+ANSWERED = ["data.tasks={reverse: {path: builtin/reverse, metric: exact_match}, count: {path: builtin/count}}"]
 CASES: dict[str, dict[str, Any]] = {
     **{name: {"recipe": name} for name in ROUTERS},
+    "comol": {"recipe": "comol", "overrides": ANSWERED},
+    "xlora": {"recipe": "xlora", "overrides": [*ANSWERED, "adapter.router.xlora_dropout_p=0"]},
     "task": {"recipe": "task", "overrides": ["data.temperature=1"]},
     "accumulated": {"recipe": "meteora", "accumulation": 2},
     "rescaled": {"recipe": "smora", "transform": "rescale", "overrides": ["training.max_grad_norm=0.05"]},
 }
-PLAIN = {"xlora": ["adapter.router.xlora_dropout_p=0"]}
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All cases on all engines, STEPS steps with a checkpoint half way; and from there again, by the same engine."""
+def steps(request: pytest.FixtureRequest) -> int:
+    """Few, or as many as the whole form asks for (``make test-full``)."""
+    return 6 if request.config.getoption("markexpr") == "not full" else 20
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, steps: int) -> Path:
+    """All cases on all engines, with a checkpoint half way."""
     folder = tmp_path_factory.mktemp("world")
     for engine in ENGINES:
         cases = []
         for name, case in CASES.items():
-            steps = [f"training.max_steps={STEPS}", "training.save_strategy=steps", f"training.save_steps={HALF}"]
-            overrides = [*case.get("overrides", []), *PLAIN.get(name, []), *steps]
+            saved = ["training.save_strategy=steps", f"training.save_steps={steps // 2}"]
+            overrides = [*case.get("overrides", []), f"training.max_steps={steps}", *saved]
             cases.append({**case, "overrides": overrides, "out": str(folder / engine / name)})
             if engine == "one" and case.get("accumulation") == 2:
                 cases[-1]["accumulation"] = 4  # as many micro-batches, each as large
@@ -62,6 +71,10 @@ def test_every_engine_trains_the_same_adapter(world: Path, engine: str, name: st
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=2e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, many)]
+    for task, values in summaries[0]["tasks"].items():
+        assert summaries[1]["tasks"][task] == pytest.approx(values, rel=1e-4), "evaluation and generated answers"
+    assert summaries[1]["trainable_parameters"] == summaries[0]["trainable_parameters"]
     manifests = [json.loads((folder / "moelora.json").read_text()) for folder in (one, many)]
     for manifest in manifests:
         manifest["files"] = sorted(manifest["files"])
@@ -89,21 +102,27 @@ RESUMED = ["smora", "lora_mixer", "xlora", "rescaled"]
 
 
 @pytest.fixture(scope="module")
-def resumed(world: Path) -> Path:
+def resumed(world: Path, steps: int) -> Path:
     """Cases on all engines from the checkpoints half way: of the same engine, and of another."""
     folder = world / "resumed"
     for engine in ENGINES:
-        cases = []
-        for source in (engine, ELASTIC[engine]):
-            for name in RESUMED:
-                out, of = folder / engine / source / name, world / source / name
-                out.mkdir(parents=True)
-                shutil.copytree(of / f"checkpoint-{HALF}", out / f"checkpoint-{HALF}")
-                shutil.copy(of / "recipe.yaml", out)
-                overrides = [*CASES[name].get("overrides", []), *PLAIN.get(name, []), f"training.max_steps={STEPS}"]
-                cases.append({**CASES[name], "overrides": overrides, "out": str(out), "resume": True})
+        cases = [
+            rest(world / source / name, folder / engine / source / name, steps)
+            for source in (engine, ELASTIC[engine])
+            for name in RESUMED
+        ]
         run(engine, cases, folder)
     return folder
+
+
+def rest(source: Path, out: Path, steps: int) -> dict[str, Any]:
+    """A case that goes on from the checkpoint half way of ``source``."""
+    case = CASES[source.name]
+    out.mkdir(parents=True)
+    shutil.copytree(source / f"checkpoint-{steps // 2}", out / f"checkpoint-{steps // 2}")
+    shutil.copy(source / "recipe.yaml", out)
+    overrides = [*case.get("overrides", []), f"training.max_steps={steps}"]
+    return {**case, "overrides": overrides, "out": str(out), "resume": True}
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -111,9 +130,9 @@ def resumed(world: Path) -> Path:
 def test_half_a_run_and_the_rest_are_the_whole_run_bit_for_bit(
     world: Path, resumed: Path, engine: str, name: str
 ) -> None:
-    whole, rest = world / engine / name, resumed / engine / engine / name
-    assert losses(rest) == losses(whole)
-    expected, found = adapter(whole), adapter(rest)
+    whole, second = world / engine / name, resumed / engine / engine / name
+    assert losses(second) == losses(whole)
+    expected, found = adapter(whole), adapter(second)
     assert found.keys() == expected.keys()
     assert [key for key, value in expected.items() if not torch.equal(found[key], value)] == []
 
@@ -121,12 +140,31 @@ def test_half_a_run_and_the_rest_are_the_whole_run_bit_for_bit(
 @pytest.mark.parametrize("name", RESUMED)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_goes_on_from_the_checkpoint_of_another_engine(
-    world: Path, resumed: Path, engine: str, name: str
+    world: Path, resumed: Path, steps: int, engine: str, name: str
 ) -> None:
-    rest, source = resumed / engine / ELASTIC[engine] / name, world / ELASTIC[engine] / name
-    assert losses(rest)[:HALF] == losses(source)[:HALF], "what was logged before comes with it"
-    assert losses(rest) == pytest.approx(losses(source), rel=2e-5)
+    found, source = resumed / engine / ELASTIC[engine] / name, world / ELASTIC[engine] / name
+    assert losses(found)[: steps // 2] == losses(source)[: steps // 2], "what was logged before comes with it"
+    same(found, source)
+
+
+def same(found: Path, source: Path) -> None:
+    """Equal but for rounding."""
+    assert losses(found) == pytest.approx(losses(source), rel=2e-5)
+    there = adapter(found)
     for key, value in adapter(source).items():
-        torch.testing.assert_close(
-            adapter(rest)[key], value, rtol=2e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}"
-        )
+        torch.testing.assert_close(there[key], value, rtol=2e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+def test_four_processes_go_on_from_one_and_one_from_four(world: Path, steps: int, engine: str) -> None:
+    folder = world / "four" / engine
+    case = rest(world / "one" / "smora", folder / "four" / "smora", steps)
+    case["overrides"] += ["training.save_strategy=steps", f"training.save_steps={steps // 2}"]
+    run(engine, [case], folder, processes=4)
+    same(folder / "four" / "smora", world / "one" / "smora")
+    whole = {"recipe": "smora", "out": str(folder / "whole" / "smora")}
+    saved = [f"training.max_steps={steps}", "training.save_strategy=steps", f"training.save_steps={steps // 2}"]
+    run(engine, [{**whole, "overrides": saved}], folder, processes=4)
+    run("one", [rest(folder / "whole" / "smora", folder / "one" / "smora", steps)], folder)
+    same(folder / "one" / "smora", folder / "whole" / "smora")
