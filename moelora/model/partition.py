@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from moelora.core.errors import OutputError
+
 
 def gathered(parameters: Iterable[Tensor]) -> AbstractContextManager[None]:
     """For as long as it lasts, parameters partitioned by ZeRO-3 are whole, to be read."""
@@ -42,10 +44,15 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def wholes(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
-    """All of them on the CPU; nothing where ``keep`` is False: a process that only helps to gather."""
+    """All of them on the CPU; nothing where ``keep`` is False: a process that only helps to gather.
+
+    Raises OutputError, in all processes, for one that holds a number that is not finite: no loader would take it.
+    """
     found = {}
     for name, tensor in tensors.items():
         value = whole(tensor)
+        if not torch.isfinite(value).all():
+            raise OutputError(f"{name} holds a number that is not finite; it is not saved")
         if keep:
             found[name] = value.cpu()
     return found

@@ -519,3 +519,13 @@ def test_push_to_hub_uploads_all_that_loading_needs(tmp_path: Path, monkeypatch:
 def test_a_name_that_the_hub_refuses() -> None:
     with pytest.raises(OutputError, match="cannot upload the adapter"):
         used().push_to_hub("no/such/name")
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    model = used()
+    layer = model.get_submodule(model.moelora.sites[3].name)
+    with torch.no_grad():
+        layer.experts.lora_B[0, 0] = float("inf")
+    with pytest.raises(OutputError, match=rf"{layer.site.name}.experts.lora_B holds a number that is not finite"):
+        moelora.save(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
