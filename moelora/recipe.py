@@ -90,6 +90,11 @@ def check_recipe(content: Mapping[str, Any], where: str = "recipe", plugins: Ite
     _check_training(recipe.training)
     if recipe.deepspeed is not None:
         deepspeed_options(recipe.deepspeed)
+        if recipe.training.get("load_best_model_at_end"):  # its optimiser's copies would stay those of the last step
+            raise ConfigError(
+                "training.load_best_model_at_end: not with deepspeed; the best checkpoint is kept, and moelora.load "
+                "takes its folder"
+            )
     return recipe.model_copy(update={"adapter": resolve(recipe.adapter, Methods(plugins))})
 
 

@@ -1,4 +1,4 @@
-"""Tensors that an engine holds in parts, as wholes: DeepSpeed ZeRO-1 to ZeRO-3, FSDP2, or none of them.
+"""Tensors that an engine holds in parts, as wholes: DeepSpeed ZeRO-1 to ZeRO-3, or none of them.
 
 Everything here is called by all processes together. One tensor is gathered at a time, and of the base model none but
 what is asked for: an adapter can be saved where the model does not fit one device.
@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from moelora.core.errors import OutputError
 
@@ -30,8 +29,6 @@ def gathered(parameters: Iterable[Tensor]) -> AbstractContextManager[None]:
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor, of a trained one as the optimiser has it; the tensor itself where it is whole."""
-    if isinstance(tensor, DTensor):
-        return tensor.full_tensor()
     if tensor.requires_grad and (hasattr(tensor, "_z3_optimizer") or hasattr(tensor, "_hp_mapping")):
         from deepspeed.utils import safe_get_full_fp32_param
 

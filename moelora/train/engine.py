@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from moelora.core.errors import MoeloraError
-from moelora.model.partition import whole
 
 
 class Engine:
@@ -168,7 +167,7 @@ class Engine:
         """The float32 parts that DeepSpeed's optimiser steps."""
         zero = self.deepspeed.optimizer  # type: ignore[union-attr]
         parts: list[Tensor] = (
-            zero.fp32_partitioned_groups_flat if self.stage == 3 else (zero.single_partition_of_fp32_groups)
+            zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         )
         return parts
 
@@ -188,8 +187,3 @@ class Engine:
         groups = zero.fp16_groups if self.stage == 3 else zero.bit16_groups
         for held, group in zip(self._held(), groups, strict=True):
             yield held, [names[id(parameter)] for parameter in group]
-
-
-def trained_values(engine: Engine) -> dict[str, Tensor]:
-    """Whole parameters by name, float32 under DeepSpeed."""
-    return {name: whole(parameter) for name, parameter in engine.parameters.items()}

@@ -165,6 +165,8 @@ def test_an_unknown_deepspeed_configuration_is_refused(tmp_path: Path) -> None:
         read_recipe("smora", ["training.deepspeed=zero2.json"])
     with pytest.raises(ConfigError, match="FSDP is not supported; deepspeed: zero3"):
         read_recipe("smora", ["training.fsdp=full_shard"])
+    with pytest.raises(ConfigError, match="load_best_model_at_end: not with deepspeed"):
+        read_recipe("smora", ["training.load_best_model_at_end=true", "deepspeed=zero2"])
     file = tmp_path / "mine.json"
     file.write_text("{zero_optimization: 2}")
     with pytest.raises(ConfigError, match="is not JSON"):
