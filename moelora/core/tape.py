@@ -21,6 +21,7 @@ from torch import Tensor
 from moelora.core.errors import DataError, MoeloraError
 from moelora.core.factors import Factors
 from moelora.core.route import Route
+from moelora.core.term import Product
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class Tape:
     called: set[int] = field(default_factory=set)
     read: set[int] = field(default_factory=set)
     with_terms: bool = False
-    terms: dict[str, list[Tensor]] = field(default_factory=dict)
+    terms: dict[str, list[Tensor | Product]] = field(default_factory=dict)
     load: dict[int, Tensor] = field(default_factory=dict)
     observer: Callable[[View, Route], None] | None = None
     _choices: list[Tensor] | None = None
@@ -202,8 +203,8 @@ class View:
             tape._choices.append(chosen)
         return chosen
 
-    def add(self, name: str, term: Tensor) -> None:
-        """Record a scalar auxiliary term of this site."""
+    def add(self, name: str, term: Tensor | Product) -> None:
+        """Record an auxiliary term of this site: a scalar, or a product over processes."""
         if self.tape.recording:
             self.tape.terms.setdefault(name, []).append(term)
 

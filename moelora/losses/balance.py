@@ -13,11 +13,10 @@ Recipe line: ``losses: {balance: 0.01}``
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from moelora.core.route import Route
 from moelora.core.tape import View
-from moelora.losses.base import Loss, global_mean, token_mean
+from moelora.core.term import Product
+from moelora.losses.base import Loss, product, token_mean
 
 
 class Balance(Loss):
@@ -25,8 +24,7 @@ class Balance(Loss):
 
     needs = ("probs",)
 
-    def __call__(self, route: Route, view: View) -> Tensor:
+    def __call__(self, route: Route, view: View) -> Product:
         scores = route.probs if route.margin is None else route.margin
         assert scores is not None
-        share = global_mean(route.chosen(), view)
-        return route.units * (share * token_mean(scores, view.mask)).sum()
+        return product(route.chosen(), route.units * token_mean(scores, view.mask), view)

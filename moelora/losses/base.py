@@ -11,6 +11,7 @@ from torch import Tensor
 from moelora.core.errors import ConfigError
 from moelora.core.route import Route
 from moelora.core.tape import View
+from moelora.core.term import Product
 
 
 class Loss(ABC):
@@ -40,8 +41,11 @@ class Loss(ABC):
         self.weight, self.tokens = weight, tokens
 
     @abstractmethod
-    def __call__(self, route: Route, view: View) -> Tensor:
-        """The term of one site, over the tokens of ``view.mask``; zero (with a graph) when there are none."""
+    def __call__(self, route: Route, view: View) -> Tensor | Product:
+        """The term of one site, over the tokens of ``view.mask``; zero (with a graph) when there are none.
+
+        A product of two means over tokens is given as a ``Product`` (``product`` makes one).
+        """
 
 
 def token_mean(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -57,21 +61,10 @@ def token_entropy(probs: Tensor) -> Tensor:
     return -(probs * probs.clamp(min=torch.finfo(probs.dtype).tiny).log()).sum(-1)
 
 
-def global_mean(values: Tensor, view: View) -> Tensor:
-    """``token_mean`` without gradient, over the tokens of all processes while training.
-
-    The other factor of a product of two means may stay local: with gradients averaged over processes, the sum is the
-    product over the global batch. A recomputed (checkpointed) region reuses what the first pass found.
-    """
-    together = torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()
-
-    def mean() -> Tensor:
-        if not together:
-            return token_mean(values, view.mask)
-        count = values.new_full((1,), len(values)) if view.mask is None else view.mask.sum().to(values.dtype).view(1)
-        kept = values if view.mask is None else values * view.mask.to(values.dtype).unsqueeze(-1)
-        total = torch.cat([kept.sum(0), count])
-        torch.distributed.all_reduce(total)
-        return total[:-1] / total[-1].clamp(min=1)
-
-    return view.once(mean)
+def product(values: Tensor, P: Tensor, view: View, rest: Tensor | None = None) -> Product:
+    """``sum_u f_u P_u + rest``, f the mean of values [T, G] over the valid tokens of all processes; P [G]."""
+    values = values.detach()
+    if view.mask is None:
+        return Product(values.sum(0), values.new_full((1,), len(values)), P, rest)
+    weight = view.mask.to(values.dtype)
+    return Product((values * weight.unsqueeze(-1)).sum(0), weight.sum().view(1), P, rest)

@@ -24,11 +24,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from moelora.core.route import Route, dense_gates, top_k
 from moelora.core.tape import View
-from moelora.losses.base import Loss, global_mean, token_entropy, token_mean
+from moelora.core.term import Product
+from moelora.losses.base import Loss, product, token_entropy, token_mean
 
 
 class SpecialisationBalance(Loss):
@@ -50,10 +50,10 @@ class SpecialisationBalance(Loss):
         super().__init__(weight, tokens)
         self.entropy_coef, self.scale_by_experts = entropy_coef, scale_by_experts
 
-    def __call__(self, route: Route, view: View) -> Tensor:
+    def __call__(self, route: Route, view: View) -> Product:
         probs = route.probs
         assert probs is not None
         first = top_k(probs, 1)
-        share = global_mean(dense_gates(torch.ones_like(probs[:, :1]), first, route.units), view)
-        balance = (share * token_mean(probs, view.mask)).sum() * (route.units if self.scale_by_experts else 1)
-        return balance + self.entropy_coef * token_mean(token_entropy(probs), view.mask)
+        P = token_mean(probs, view.mask) * (route.units if self.scale_by_experts else 1)
+        entropy = self.entropy_coef * token_mean(token_entropy(probs), view.mask)
+        return product(dense_gates(torch.ones_like(probs[:, :1]), first, route.units), P, view, entropy)

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from moelora.core.errors import MoeloraError
 from moelora.core.route import Route
 from moelora.core.tape import Collector, Port, Tape, View
+from moelora.core.term import Product, settled
 from moelora.model.cache import accompany, companion_of
 from moelora.model.inputs import answers_of, masks_of, token_share, two_streams
 from moelora.model.partition import wholes
@@ -79,7 +80,7 @@ class RoutedModel(nn.Module):
             accompany(out, given, companion)
         if training and tape.load:
             self._keep_load(tape.load)
-        terms = {name: _mean(values) for name, values in tape.terms.items()}
+        terms = _means(tape.terms, training)
         if training:
             _refuse_lost_terms(self, terms)
         tape.terms.clear()  # a checkpointed graph holds the tape: it must not hold the graph, or neither is ever freed
@@ -237,6 +238,13 @@ def collect(
         yield collectors[-1]
     finally:
         collectors.pop()
+
+
+def _means(terms: dict[str, list[Tensor | Product]], training: bool) -> dict[str, Tensor]:
+    """Every term's mean over the layers; what is about all processes' tokens is reduced for all of them at once."""
+    together = training and torch.distributed.is_available() and torch.distributed.is_initialized()
+    values = iter(settled([value for of_layers in terms.values() for value in of_layers], together))
+    return {name: _mean([next(values) for _ in of_layers]) for name, of_layers in terms.items()}
 
 
 def _mean(values: list[Tensor]) -> Tensor:

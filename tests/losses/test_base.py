@@ -142,6 +142,18 @@ def test_a_weight_without_a_term_is_an_error() -> None:
     model.eval()(torch.randn(2, 5))
 
 
+def test_all_layers_share_one_reduction(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {"balance": 0.1, "specialisation_balance": {"weight": 0.1, "entropy_coef": 0.3}}
+    model = tiny.adapted("llama", "meteora", losses=losses).train()
+    alone = model(**tiny.batch()).loss
+    sizes: list[int] = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: sizes.append(len(flat)))
+    torch.testing.assert_close(model(**tiny.batch()).loss, alone)
+    units, layers = model.moelora.config.experts.num_experts, len(model.moelora.sites)
+    assert sizes == [2 * layers * (units + 1)] and layers > 1
+
+
 TWO_PROCESSES = """
 import os
 import sys
@@ -149,6 +161,7 @@ import torch
 from torch import distributed
 from moelora.core.route import Route, top_k
 from moelora.core.tape import Site, Tape
+from moelora.core.term import settled
 from moelora.losses.balance import Balance
 from moelora.losses.specialisation_balance import SpecialisationBalance
 
@@ -164,7 +177,8 @@ losses = Balance(1.0), SpecialisationBalance(1.0, entropy_coef=0.3)
 def term(of, mask):
     probs = of.flatten(0, 1).softmax(-1)
     view = Tape(mask={"input": mask.bool()}).view(Site("site", 0, 5, 7), mask.shape)
-    return sum(loss(Route(probs[:, :1], 3, top_k(probs, 1), probs=probs), view) for loss in losses)
+    terms = [loss(Route(probs[:, :1], 3, top_k(probs, 1), probs=probs), view) for loss in losses]
+    return sum(settled(terms, torch.is_grad_enabled() and distributed.is_initialized()))
 
 
 found = []

@@ -35,7 +35,7 @@ def by_hand(probs: Tensor, tokens: list[int], coef: float) -> Tensor:
 @pytest.mark.parametrize("loss", [PRINTED, PROSE])
 def test_value_and_gradient_are_those_of_the_formula(loss: SpecialisationBalance) -> None:
     mine, theirs = LOGITS.clone().requires_grad_(), LOGITS.clone().requires_grad_()
-    term = loss(tiny.route(mine, 2), tiny.view((8,)))
+    term = loss(tiny.route(mine, 2), tiny.view((8,))).alone()
     expected = by_hand(theirs.softmax(-1), list(range(8)), loss.entropy_coef)
     torch.testing.assert_close(term, expected, rtol=1e-12, atol=1e-12)
     term.backward()
@@ -47,19 +47,19 @@ def test_value_and_gradient_are_those_of_the_formula(loss: SpecialisationBalance
 def test_uniform_is_one_over_the_units(coef: float) -> None:
     """L2. With equal probabilities it does not matter which unit a tie falls to."""
     loss = SpecialisationBalance(1.0, entropy_coef=coef)
-    uniform = loss(tiny.route(torch.zeros(4, 4), 1), tiny.view((4,)))
+    uniform = loss(tiny.route(torch.zeros(4, 4), 1), tiny.view((4,))).alone()
     assert uniform.item() == pytest.approx(1 / 4 + coef * math.log(4))
     level = torch.stack([torch.arange(4.0).roll(shift) for shift in range(4)])  # another favourite for every token
-    assert SpecialisationBalance(1.0, entropy_coef=0.0)(tiny.route(level, 1), tiny.view((4,))).item() == pytest.approx(
-        1 / 4
-    )
+    assert SpecialisationBalance(1.0, entropy_coef=0.0)(
+        tiny.route(level, 1), tiny.view((4,))
+    ).alone().item() == pytest.approx(1 / 4)
 
 
 @pytest.mark.parametrize("coef", [-0.5, 0.0, 2.0])
 def test_one_unit_for_all_is_one(coef: float) -> None:
     """L3. And entropy is zero, whatever it weighs, with a finite gradient."""
     logits = torch.tensor([[0.0, 2e3, 0.0]]).repeat(4, 1).requires_grad_()
-    term = SpecialisationBalance(1.0, entropy_coef=coef)(tiny.route(logits, 1), tiny.view((4,)))
+    term = SpecialisationBalance(1.0, entropy_coef=coef)(tiny.route(logits, 1), tiny.view((4,))).alone()
     term.backward()
     assert term.item() == pytest.approx(1)
     assert logits.grad.isfinite().all()
@@ -73,7 +73,9 @@ def test_the_sign_of_the_entropy_is_the_recipe_s(coef: float) -> None:
     def entropy(of: Tensor) -> Tensor:
         return -(of.softmax(-1) * of.log_softmax(-1)).sum(-1)
 
-    terms = [SpecialisationBalance(1.0, entropy_coef=c)(tiny.route(logits, 1), tiny.view((8,))) for c in (coef, 0.0)]
+    terms = [
+        SpecialisationBalance(1.0, entropy_coef=c)(tiny.route(logits, 1), tiny.view((8,))).alone() for c in (coef, 0.0)
+    ]
     (grad,) = torch.autograd.grad(terms[0] - terms[1], logits)
     p = LOGITS.softmax(-1)
     torch.testing.assert_close(grad, -coef * p * (p.log() + entropy(LOGITS).unsqueeze(-1)) / 8)
@@ -83,23 +85,25 @@ def test_the_sign_of_the_entropy_is_the_recipe_s(coef: float) -> None:
 
 def test_shares_have_no_gradient() -> None:
     route = tiny.route(LOGITS.clone().requires_grad_(), 1)
-    (grad,) = torch.autograd.grad(SpecialisationBalance(1.0, entropy_coef=0.0)(route, tiny.view((8,))), route.probs)
+    (grad,) = torch.autograd.grad(
+        SpecialisationBalance(1.0, entropy_coef=0.0)(route, tiny.view((8,))).alone(), route.probs
+    )
     share = torch.nn.functional.one_hot(LOGITS.argmax(-1), 4).double().mean(0)
     torch.testing.assert_close(grad, (share / 8).expand(8, 4))
 
 
 def test_scaled_it_is_switch_s_balance_and_entropy_keeps_its_size() -> None:
     route, view = tiny.route(LOGITS, 1), tiny.view((8,))
-    scaled = SpecialisationBalance(1.0, entropy_coef=0.0, scale_by_experts=True)(route, view)
-    torch.testing.assert_close(scaled, Balance(1.0)(route, view))
-    apart = SpecialisationBalance(1.0, entropy_coef=0.3, scale_by_experts=True)(route, view) - scaled
-    torch.testing.assert_close(apart, PROSE(route, view) - scaled / 4)
+    scaled = SpecialisationBalance(1.0, entropy_coef=0.0, scale_by_experts=True)(route, view).alone()
+    torch.testing.assert_close(scaled, Balance(1.0)(route, view).alone())
+    apart = SpecialisationBalance(1.0, entropy_coef=0.3, scale_by_experts=True)(route, view).alone() - scaled
+    torch.testing.assert_close(apart, PROSE(route, view).alone() - scaled / 4)
 
 
 def test_ties_go_to_the_lowest_unit() -> None:
     probs = torch.tensor([[0.4, 0.4, 0.2], [0.2, 0.4, 0.4]])
     loss = SpecialisationBalance(1.0, entropy_coef=0.0)
-    assert loss(Route(probs, 3, probs=probs), tiny.view((2,))).item() == pytest.approx(0.5 * 0.3 + 0.5 * 0.4)
+    assert loss(Route(probs, 3, probs=probs), tiny.view((2,))).alone().item() == pytest.approx(0.5 * 0.3 + 0.5 * 0.4)
 
 
 def test_padding_changes_nothing_and_answers_are_counted_alone() -> None:
@@ -109,12 +113,14 @@ def test_padding_changes_nothing_and_answers_are_counted_alone() -> None:
     for filler in (0.0, 50.0):
         logits[mask.reshape(-1) == 0] = filler * torch.randn(3, 4).double()
         view = tiny.view((2, 4), mask, answers={"input": answers.bool()})
-        torch.testing.assert_close(PROSE(tiny.route(logits, 2), view), by_hand(probs, [0, 1, 2, 4, 5], 0.3))
-        torch.testing.assert_close(PROSE(tiny.route(logits, 2), view.only("answers")), by_hand(probs, [1, 2, 4], 0.3))
+        torch.testing.assert_close(PROSE(tiny.route(logits, 2), view).alone(), by_hand(probs, [0, 1, 2, 4, 5], 0.3))
+        torch.testing.assert_close(
+            PROSE(tiny.route(logits, 2), view.only("answers")).alone(), by_hand(probs, [1, 2, 4], 0.3)
+        )
 
 
 def test_only_padding_is_zero_with_a_graph() -> None:
-    term = PROSE(tiny.route(torch.randn(4, 3, requires_grad=True), 1), tiny.view((1, 4), torch.zeros(1, 4)))
+    term = PROSE(tiny.route(torch.randn(4, 3, requires_grad=True), 1), tiny.view((1, 4), torch.zeros(1, 4))).alone()
     assert term.item() == 0 and term.requires_grad
 
 
