@@ -64,7 +64,7 @@ def train(
         from moelora.cli.show import task_table
         from moelora.model.record import main_process
         from moelora.recipe import read_recipe
-        from moelora.train.processes import launch, leave, started
+        from moelora.train.processes import end, launch, leave, started
         from moelora.train.run import train as run
 
         read = read_recipe(recipe, overrides or [], plugin or [])
@@ -85,6 +85,7 @@ def train(
             if main_process():
                 task_table({result.name: result.summary["tasks"]})
                 print(f"adapter, summary.json and report.html are in {result.out}")
+            end()
         finally:
             leave()
 

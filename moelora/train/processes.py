@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -45,9 +46,22 @@ def join(arguments: TrainingArguments) -> None:
 
 
 def leave() -> None:
-    """Part from the others: a process that just ends may be aborted by threads that still wait for messages."""
+    """Part from the others."""
     if together():
         torch.distributed.destroy_process_group()
+
+
+def end() -> None:
+    """End a process that is one of a group and has done its work.
+
+    The interpreter is not taken down: now and then a thread that still carries messages would want it, and abort.
+    """
+    if together():
+        leave()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def together() -> bool:

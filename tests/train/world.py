@@ -57,7 +57,7 @@ def main(engine: str, cases: list[dict[str, Any]]) -> None:
     from moelora.model.write import adapter_tensors
     from moelora.recipe import read_recipe
     from moelora.train import run as running
-    from moelora.train.processes import leave
+    from moelora.train.processes import end
 
     for case in cases:
         out, accumulation = Path(case["out"]), case.get("accumulation", 1)
@@ -87,7 +87,7 @@ def main(engine: str, cases: list[dict[str, Any]]) -> None:
         for name, value in sorted(wholes(adapter_tensors(result.model)).items()):
             digest.update(name.encode() + value.numpy().tobytes())
         (out / f"rank-{rank}.json").write_text(json.dumps({"hash": digest.hexdigest(), "summary": result.summary}))
-    leave()
+    end()
 
 
 def prepare(trainer: Any, case: dict[str, Any]) -> None:
