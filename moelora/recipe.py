@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from moelora.core.errors import ConfigError
 from moelora.core.methods import Methods
 from moelora.core.validate import Strict, check, nearest
 from moelora.data.config import DataConfig
 from moelora.model.base import TINY
-from moelora.model.config import AdapterConfig, resolve
+from moelora.model.config import AdapterConfig, named_method, resolve
+from moelora.optim.base import Optim
 
 
 class Recipe(Strict):
@@ -26,6 +27,7 @@ class Recipe(Strict):
 
     base_model: a hub id, a local folder, or ``moelora/tiny``. adapter: see AdapterConfig. data: see DataConfig.
     training: TRL's SFTConfig, that is transformers' TrainingArguments and more, by the same names.
+    optim: a method beside the optimiser (``training.optim``), which sees the whole gradients of A and B.
     deepspeed: ``zero1``, ``zero2``, ``zero3``, ``zero3_offload``, or the path of another DeepSpeed configuration.
     max_skipped_steps: no step is taken from numbers that are not finite; so many in a row end the run.
     """
@@ -37,8 +39,11 @@ class Recipe(Strict):
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
     training: dict[str, Any] = {}
+    optim: dict[str, Any] = {"name": "plain"}
     deepspeed: str | None = None
     max_skipped_steps: Annotated[int, Field(ge=1)] = 10
+
+    _named = field_validator("optim", mode="before")(named_method)
 
     @property
     def output_dir(self) -> Path:
@@ -95,7 +100,10 @@ def check_recipe(content: Mapping[str, Any], where: str = "recipe", plugins: Ite
                 "training.load_best_model_at_end: not with deepspeed; the best checkpoint is kept, and moelora.load "
                 "takes its folder"
             )
-    return recipe.model_copy(update={"adapter": resolve(recipe.adapter, Methods(plugins))})
+    methods = Methods(plugins)
+    optim = methods.check("optim", recipe.optim)
+    _check_optim(methods.find("optim", optim["name"]), optim["name"], recipe.training)
+    return recipe.model_copy(update={"adapter": resolve(recipe.adapter, methods), "optim": optim})
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -149,6 +157,15 @@ def _set(content: dict[str, Any], override: str) -> None:
         section[last] = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override '{override}': the value is not YAML: {error}") from None
+
+
+def _check_optim(method: type[Optim], name: str, training: dict[str, Any]) -> None:
+    """Raise ConfigError where a method that gives the whole step meets an optimiser that changes it."""
+    if method.whole_step and training.setdefault("optim", "sgd") != "sgd":
+        raise ConfigError(
+            f"optim {name} has moments of its own and gives the whole step, which training.optim: "
+            f"{training['optim']} would change; write sgd there, or leave it out"
+        )
 
 
 def _check_training(training: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ from transformers import (
 import moelora
 from moelora.core.methods import Methods
 from moelora.core.route import Route
+from moelora.core.start import Start
 from moelora.core.tape import Site, Tape, View
 from moelora.experts.base import Experts
 from moelora.model.layer import RoutedLinear
@@ -251,6 +252,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+def _no_weight() -> Tensor:
+    raise AssertionError("a start that needs no base weight asked for it")
+
+
+START = Start(_no_weight)
+"""For initialisers that look at nothing."""
 
 
 def adapted(kind: str, method: str = "smora", seed: int = 0, noise: float = 0.3, **more: Any) -> Any:

@@ -24,7 +24,14 @@ from pydantic import create_model
 from moelora.core.errors import ConfigError
 from moelora.core.validate import Strict, check, nearest
 
-AXES = {"experts": "Experts", "routers": "Router", "init": "Init", "losses": "Loss"}
+AXES = {
+    "experts": "Experts",
+    "routers": "Router",
+    "init": "Init",
+    "ranks": "Ranks",
+    "optim": "Optim",
+    "losses": "Loss",
+}
 """Axis (a folder of the package) to the base class of its methods, found in the folder's base.py."""
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from moelora.core.errors import ConfigError
 from moelora.core.factors import Factors
 from moelora.core.module import ExactBuffers
 from moelora.core.route import Route
+from moelora.core.start import Start
+from moelora.core.step import Stepped
 from moelora.core.tape import Site
 from moelora.ops import routed_lora
 from moelora.ops.project import Image
@@ -22,13 +24,16 @@ Decide = Callable[[Factors, Image], Route]
 """From the factors, and the tokens with what is known of them in rank space, to the route."""
 
 
-class Experts(ExactBuffers, ABC):
+class Experts(ExactBuffers, Stepped, ABC):
     """All experts of one site, stacked. Parameters belong to this module and are read only inside its forward.
 
     Subclasses take ``(site, num_experts, r)`` first and pass them on; recipe keys follow as keyword-only arguments.
 
     gives: what routers and losses may need of it: ``"own_A"`` when every expert has its own rows of A and columns of B
         (R = num_experts * r), ``"shared_A"`` when all have one A (R = r), ``"core"`` when it fills ``Factors.core``.
+    computed: whether ``factors`` computes them, so that nothing asks for them but the forward that uses them.
+    allocator: the ``Ranks`` that stand between ``factors`` and their use, or None.
+    start_A, start_B: the factors at the start, [R, D] and [O, R], where their update is subtracted, else None.
 
     Experts that started from adapters may differ from each other, and have more than low-rank factors:
 
@@ -39,7 +44,10 @@ class Experts(ExactBuffers, ABC):
     """
 
     gives: ClassVar[tuple[str, ...]]
+    computed: ClassVar[bool] = False
     scale: Tensor
+    start_A: Tensor | None
+    start_B: Tensor | None
     present: Tensor | None
     used: Tensor | None
     stretch: Tensor | None
@@ -54,10 +62,27 @@ class Experts(ExactBuffers, ABC):
         self.register_buffer("scale", torch.ones(num_experts * r), persistent=False)
         for name in ("present", "used", "stretch", "shift"):
             self.register_buffer(name, None, persistent=False)
+        self.allocator: Any = None
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
+
+    def meet(self, others: Sequence[Experts]) -> None:
+        """Called on the first site's experts with all sites', itself first: for what a whole model has once."""
+
+    def begin(self, start: Start) -> None:
+        """Set all own parameters and saved buffers, under no_grad; an initialiser then sets lora_A, lora_B and core."""
+        own = sorted({name for name, _ in self.named_parameters(recurse=False)} - {"lora_A", "lora_B", "core"})
+        if own:
+            raise ConfigError(f"experts {type(self).__name__} have {own}, which nothing sets; set them in its begin()")
 
     @abstractmethod
     def factors(self) -> Factors:
         """The stacked factors; ``self.scale`` is the per-rank scale the layer has set."""
+
+    @property
+    def stored(self) -> bool:
+        """Whether ``composed`` gives parameters as they are."""
+        return not self.computed and self.allocator is None and self.start_A is None
 
     def forward(
         self,
@@ -73,7 +98,7 @@ class Experts(ExactBuffers, ABC):
         holds one row per chosen expert. onto: [T, O], what the update is added to, tokens only. image: what is known of
         x already.
         """
-        factors, image = self.anchored_factors(), image or Image(x)
+        factors, image = self.composed(), image or Image(x)
         if form != "tokens":
             apply = routed_lora.apply_each if form == "each" else routed_lora.apply_sum
             return apply(x, factors, decide(factors, image))
@@ -83,9 +108,12 @@ class Experts(ExactBuffers, ABC):
         h = image.known(factors.A)
         return routed_lora.apply(x if h is None else h, factors if h is None else replace(factors, A=None), route, onto)
 
-    def anchored_factors(self) -> Factors:
-        """``factors()``, with the ranks in use and the anchors that losses may read."""
-        factors = self.factors()
+    def composed(self) -> Factors:
+        """``factors()`` as they are used: with the allocator's ranks, less the update at the start, with the ranks of
+        experts from adapters, and the anchors that losses may read."""
+        factors = self.factors() if self.allocator is None else self.allocator(self.factors())
+        if self.start_A is not None and self.start_B is not None:
+            factors = _less(factors, self.start_A, self.start_B)
         if self.used is not None:
             factors = replace(factors, ranks=self.used)
         if not self.anchored:
@@ -121,6 +149,21 @@ class Experts(ExactBuffers, ABC):
             added = added + (gate @ self.stretch) * y.to(added.dtype)
         return added.to(y.dtype)
 
+    def keep_start(self) -> None:
+        """Room for the factors at the start, whose update is subtracted from now on."""
+        wide, out, ranks = self.site.in_features, self.site.out_features, self.num_experts * self.r
+        like = next(self.parameters())
+        self.start_A, self.start_B = like.new_zeros(ranks, wide), like.new_zeros(out, ranks)
+
+    @torch.no_grad()
+    def set_start(self) -> None:
+        """Take the factors of this moment as the start."""
+        if self.start_A is not None and self.start_B is not None:
+            factors = self.factors()
+            assert factors.A is not None
+            self.start_A.copy_(factors.A)
+            self.start_B.copy_(factors.B)
+
     def keep_anchors(self) -> None:
         """Room for a copy of every parameter as it was at the start, for losses that pull back to it."""
         parameters = dict(self.named_parameters())
@@ -134,3 +177,14 @@ class Experts(ExactBuffers, ABC):
         parameters = dict(self.named_parameters())
         for name in self.anchored:
             getattr(self, f"anchor_{name}").copy_(parameters[name])
+
+
+def _less(factors: Factors, A: Tensor, B: Tensor) -> Factors:
+    """Factors of ``B A - B0 A0``, the ranks of both side by side, so that any block of ranks has its own start's."""
+    assert factors.A is not None
+    return replace(
+        factors,
+        A=torch.stack([factors.A, A.to(factors.A)], 1).flatten(0, 1),
+        B=torch.stack([factors.B, -B.to(factors.B)], 2).flatten(1, 2),
+        scale=factors.scale.repeat_interleave(2),
+    )

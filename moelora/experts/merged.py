@@ -49,7 +49,7 @@ class Merged(LoRA):
                 f"experts.merged: the router of '{self.site.name}' asks for the output of every expert apart, and "
                 "merged experts have one between them; use experts: lora"
             )
-        factors, image = self.anchored_factors(), image or Image(x)
+        factors, image = self.composed(), image or Image(x)
         assert factors.A is not None
         h = image.under(factors.A)
         route = decide(factors, image)

@@ -2,6 +2,8 @@
 
     A ~ U(-1/sqrt(D), 1/sqrt(D)),   B = 0,   every core (CoMoL) ~ U(-1/sqrt(r), 1/sqrt(r))
 
+What else experts have (gates, coefficients, frozen bases) starts as their own file says.
+
 Paper: Hu et al., LoRA, arXiv 2106.09685 (their released code: Kaiming uniform with a = sqrt(5)); cores as in CoMoL's.
 
 Recipe line: ``init: {name: kaiming}``
@@ -14,7 +16,7 @@ import math
 import torch
 from torch import nn
 
-from moelora.core.errors import ConfigError
+from moelora.core.start import Start
 from moelora.init.base import Init
 
 
@@ -22,13 +24,11 @@ class Kaiming(Init):
     """LoRA's own initialisation, per expert."""
 
     @torch.no_grad()
-    def __call__(self, experts: nn.Module) -> None:
+    def __call__(self, experts: nn.Module, start: Start) -> None:
         parameters = dict(experts.named_parameters())
-        if parameters.keys() - {"core"} != {"lora_A", "lora_B"}:
-            raise ConfigError(
-                f"init kaiming sets lora_A, lora_B, core; {type(experts).__name__} has {sorted(parameters)}"
-            )
-        nn.init.kaiming_uniform_(parameters["lora_A"], a=math.sqrt(5))
-        nn.init.zeros_(parameters["lora_B"])
+        if "lora_A" in parameters:
+            nn.init.kaiming_uniform_(parameters["lora_A"], a=math.sqrt(5))
+        if "lora_B" in parameters:
+            nn.init.zeros_(parameters["lora_B"])
         if "core" in parameters:
             nn.init.uniform_(parameters["core"], -1, 1).div_(math.sqrt(parameters["core"].shape[-1]))

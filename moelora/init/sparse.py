@@ -16,8 +16,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from moelora.core.errors import ConfigError
-from moelora.init.base import Init
+from moelora.core.start import Start
+from moelora.init.base import Init, halves
 
 
 class Sparse(Init):
@@ -30,15 +30,9 @@ class Sparse(Init):
         self.density = density
 
     @torch.no_grad()
-    def __call__(self, experts: nn.Module) -> None:
-        parameters = dict(experts.named_parameters())
-        if parameters.keys() != {"lora_A", "lora_B"}:
-            raise ConfigError(
-                f"init sparse sets lora_A and lora_B; {type(experts).__name__} has {sorted(parameters)}; "
-                "use experts: lora, or init: kaiming"
-            )
-        A = parameters["lora_A"]
+    def __call__(self, experts: nn.Module, start: Start) -> None:
+        A, B = halves("sparse", experts)
         ranks, wide = A.shape
         chosen = torch.rand_like(A).argsort(1)[:, : max(1, round(self.density * wide))]
         A.zero_().scatter_(1, chosen, torch.randn_like(A)[:, : chosen.shape[1]] / ranks)
-        nn.init.zeros_(parameters["lora_B"])
+        nn.init.zeros_(B)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from moelora.core.errors import ConfigError
 from moelora.core.methods import Methods
+from moelora.core.start import Start
+from moelora.init.base import Init
 from moelora.model.adapters import fill_experts, full_modules, is_lora
 from moelora.model.config import AdapterConfig, build_init, build_losses, build_sites, find_sites, resolve, routed_sites
 from moelora.model.fellows import groups
@@ -22,7 +24,7 @@ from moelora.model.partition import gathered
 from moelora.model.record import Adaptation, main_process, routed_layers
 from moelora.model.routed import RoutedModel, replaying
 from moelora.model.saved import TrainedCopy, fill_saved, find_saved
-from moelora.model.sources import open_sources, pinned, warn_of_other_bases
+from moelora.model.sources import dense_weight, open_sources, pinned, warn_of_other_bases
 from moelora.routers.base import Router
 
 Base = TypeVar("Base", bound=nn.Module)
@@ -52,13 +54,12 @@ def adapt(
 
     def start(layers: dict[str, RoutedLinear]) -> None:
         for layer in layers.values():
-            if not (sources and is_lora(layer.experts)):  # those are filled whole
-                init(layer.experts)
+            begin(layer, init, filled=bool(sources) and is_lora(layer.experts))
         if sources:
             fill_experts(model, layers, sources, resolved)
         for layer in layers.values():
             layer.experts.set_anchors()
-            layer.router.prepare(layer.experts.factors())
+            layer.router.prepare(layer.experts.composed())
 
     record = attach(model, pinned(resolved, sources), methods, start)
     record.pins = [source.pin for source in sources]
@@ -98,6 +99,8 @@ def attach(
         router, experts = router.to(dtype), experts.to(dtype)
         if experts.anchored:
             experts.keep_anchors()  # buffers stayed as they were: again, in the parameters' dtype
+        if experts.start_A is not None:
+            experts.keep_start()
         terms = losses if isinstance(router, record.router) else {}
         layer = kind(base_layer, site, experts, router, terms, record.port, config.experts.lora_dropout)
         layers[site.name] = layer.train(base_layer.training)
@@ -119,6 +122,24 @@ def attach(
     for module, checkpointing in checkpointed.items():
         module._gradient_checkpointing_func = checkpointing  # type: ignore[assignment]
     return record
+
+
+@torch.no_grad()
+def begin(layer: RoutedLinear, init: Init, filled: bool = False) -> None:
+    """Give a layer's experts their first values. filled: their factors come from elsewhere."""
+    base: Any = layer.base_layer
+
+    def weight() -> Tensor:
+        with gathered([base.weight]):
+            return dense_weight(base).clone()
+
+    start = Start(weight)
+    if layer.experts.allocator is not None:
+        layer.experts.allocator.begin(start)
+    layer.experts.begin(start)
+    if not filled:
+        init(layer.experts, start)
+        layer.experts.set_start()
 
 
 def _check_router(model: nn.Module, record: Adaptation) -> None:

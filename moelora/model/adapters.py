@@ -34,7 +34,8 @@ The second is for terms with what is kept of DoRA and of biases, in float32. All
 
 def is_lora(experts: Experts) -> bool:
     """Whether every expert is a LoRA of its own."""
-    return {name for name, _ in experts.named_parameters()} == {"lora_A", "lora_B"} and "own_A" in experts.gives
+    own = {name for name, _ in experts.named_parameters()} == {"lora_A", "lora_B"} and "own_A" in experts.gives
+    return own and experts.stored
 
 
 @torch.no_grad()

@@ -30,7 +30,8 @@ class ExpertsConfig(Strict):
     """``experts:``, in PEFT's words; keys beyond these belong to the parameterisation ``name``.
 
     num_experts: one number, or a list over the depth of the model: as many equal groups of blocks as it has entries
-    (MoLA, arXiv 2402.08562). train: ``all``, ``B`` (nothing but B, as in LoRA-FA) or ``none`` (the router alone).
+    (MoLA, arXiv 2402.08562). train: ``all``, ``B`` (nothing but B, as in LoRA-FA), ``middle`` (nothing but
+    the matrix between A and B, of experts that have one) or ``none`` (the router alone).
     adapters: folders or hub ids (``org/name[/subfolder][@revision]``) whose experts, in order, are the experts to start
     from: each written by moelora (all its experts) or a PEFT LoRA (one). They keep their own rank, up to r, and scale;
     lora_alpha is for experts that start anew. absent: an expert whose adapter lacks a layer adds nothing there, and
@@ -47,7 +48,7 @@ class ExpertsConfig(Strict):
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     use_rslora: bool = False
-    train: Literal["all", "B", "none"] = "all"
+    train: Literal["all", "B", "middle", "none"] = "all"
     adapters: list[str] = []
     absent: Literal["keep", "redistribute"] = "keep"
     modules_from: str = "agree"
@@ -81,17 +82,27 @@ class ExpertsConfig(Strict):
         return {"name": self.name, **(self.model_extra or {})}
 
 
+def named_method(value: Any) -> Any:
+    """A method by its name alone, as ``{name: ...}``."""
+    spec = {"name": value} if isinstance(value, str) else value
+    if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
+        raise ValueError(f"expected a method name or {{name: ..., option: ...}}, found {value!r}")
+    return spec
+
+
 class AdapterConfig(Strict):
     """The whole adapter. A method is ``{name: ..., option: ...}``, or just its name.
 
-    losses: name to weight, or to ``{weight: ..., tokens: all | answers, option: ...}``. target_modules,
-    exclude_modules, layers_to_transform and layers_pattern follow PEFT's rules (``moelora.targets.named``).
-    modules_to_save: names of modules to train in full, such as a new classifier.
+    ranks: how many ranks each expert uses, found while training; ``full`` leaves all in use. losses: name to weight, or
+    to ``{weight: ..., tokens: all | answers, option: ...}``. target_modules, exclude_modules, layers_to_transform and
+    layers_pattern follow PEFT's rules (``moelora.targets.named``). modules_to_save: names of modules to train in full,
+    such as a new classifier.
     """
 
     experts: ExpertsConfig = ExpertsConfig()
     router: dict[str, Any] = {"name": "single"}
     init: dict[str, Any] = {"name": "kaiming"}
+    ranks: dict[str, Any] = {"name": "full"}
     losses: dict[str, dict[str, Any]] = {}
     target_modules: list[str] | str = "all-linear"
     exclude_modules: list[str] | str | None = None
@@ -99,13 +110,7 @@ class AdapterConfig(Strict):
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] = []
 
-    @field_validator("router", "init", mode="before")
-    @classmethod
-    def _named(cls, value: Any) -> Any:
-        spec = {"name": value} if isinstance(value, str) else value
-        if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
-            raise ValueError(f"expected a method name or {{name: ..., option: ...}}, found {value!r}")
-        return spec
+    _named = field_validator("router", "init", "ranks", mode="before")(named_method)
 
     @field_validator("losses", mode="before")
     @classmethod
@@ -136,12 +141,15 @@ def resolve(config: AdapterConfig | Mapping[str, Any] | str | Path, methods: Met
             "experts": ExpertsConfig(**{**experts.model_dump(), **methods.check("experts", experts.method())}),
             "router": methods.check("routers", config.router),
             "init": methods.check("init", config.init),
+            "ranks": methods.check("ranks", config.ranks),
             "losses": {
                 name: {**_common(name, spec), **_without(methods.check("losses", {"name": name, **_own(spec)}), "name")}
                 for name, spec in config.losses.items()
             },
         }
     )
+    if experts.adapters and methods.find("init", config.init["name"]).moves:  # type: ignore[attr-defined]
+        raise ConfigError(f"experts.adapters fill A and B, and so would init {config.init['name']}; leave one out")
     blocks = 1 if isinstance(experts.num_experts, int) else len(experts.num_experts)
     sites = [Site(f"{block}.layer", 0, 8, 8, block=block, blocks=blocks, hidden_size=8) for block in range(blocks)]
     with torch.device("meta"):
@@ -193,6 +201,9 @@ def build_sites(
     router_class: type[Router] = methods.find("routers", config.router["name"])
     options = _without(config.router, "name")
     anchored = any(methods.find("losses", name).anchored for name in config.losses)  # type: ignore[attr-defined]
+    moves = methods.find("init", config.init["name"]).moves  # type: ignore[attr-defined]
+    allocates = config.ranks["name"] != "full"
+    met: list[Experts] = []
     for position, site in enumerate(sites):
         plain = router_class.plain(site, options)
         shape = (site, 1 if plain else config.experts.at(site), config.experts.r)
@@ -211,11 +222,18 @@ def build_sites(
             if group is not None:
                 routers[group] = router
             experts.scale.fill_(_scale(config.experts, router.scale_rank))
+            if allocates:
+                experts.allocator = methods.build("ranks", config.ranks, *shape)
             for name, parameter in experts.named_parameters():
                 parameter.requires_grad_(config.experts.train in ("all", name.removeprefix("lora_")))
+            if moves:
+                experts.keep_start()
             if anchored:
                 experts.keep_anchors()
+        met.append(experts)
         yield site, router, experts
+    if met:
+        met[0].meet(met)
 
 
 def _scale(experts: ExpertsConfig, rank: int) -> float:
@@ -238,11 +256,29 @@ def build_losses(config: AdapterConfig, methods: Methods) -> dict[str, Loss]:
 
 def _refuse_unfit_experts(router: Router, experts: Experts, config: AdapterConfig) -> None:
     missing = [need for need in router.needs if need not in experts.gives]
+    said = {"own_A": "an A of their own", "shared_A": "one A for all", "core": "cores"}
     if missing:
-        said = {"own_A": "an A of their own", "shared_A": "one A for all", "core": "cores"}
         raise ConfigError(
             f"router '{config.router['name']}' is for experts with {' and '.join(said[need] for need in missing)}; "
             f"experts '{config.experts.name}' have {' and '.join(said[has] for has in experts.gives)}"
+        )
+    init, ranks = config.init["name"], config.ranks["name"]
+    if experts.start_A is not None and ("own_A" not in experts.gives or router.reads == "h"):
+        raise ConfigError(
+            f"init {init} subtracts every expert's start, which needs experts with an A of their own and a router that "
+            f"does not read A x; found experts '{config.experts.name}' and router '{config.router['name']}'"
+        )
+    if experts.start_A is not None and experts.allocator is not None:
+        raise ConfigError(
+            f"ranks {ranks} starts from an update of zero and init {init} does not; choose init: kaiming, or no ranks"
+        )
+    if experts.allocator is not None and any(need not in experts.gives for need in experts.allocator.needs):
+        needs = " and ".join(said[need] for need in experts.allocator.needs)
+        raise ConfigError(f"ranks {ranks} is for experts with {needs}, not for experts '{config.experts.name}'")
+    if config.experts.train == "middle" and not any(name == "middle" for name, _ in experts.named_parameters()):
+        raise ConfigError(
+            f"experts.train: middle is for experts with a matrix between A and B (slora, loraxs); experts "
+            f"'{config.experts.name}' have none"
         )
 
 

@@ -34,11 +34,11 @@ class Reader:
 
     def maps_first(self, tokens: Tensor) -> bool:
         """Whether it wants h = A x of all its tokens, whatever they choose."""
-        return routed_lora.maps_first(tokens, self.experts.factors(), self.router.chosen)
+        return self.experts.stored and routed_lora.maps_first(tokens, self.experts.factors(), self.router.chosen)
 
     def may_share(self, tokens: Tensor) -> bool:
         """Whether it wants them unchanged by dropout, with factors that lie whole in their module."""
-        if self.dropout.training and self.dropout.p:
+        if not self.experts.stored or (self.dropout.training and self.dropout.p):
             return False
         A = self.experts.factors().A
         return type(A) is nn.Parameter and not hasattr(A, "ds_id") and self.maps_first(tokens)

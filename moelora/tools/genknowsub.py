@@ -69,4 +69,4 @@ def subtract_general(model: nn.Module, general: Iterable[str | Path]) -> None:
         held["lora_A"].sub_(A.to(held["lora_A"]).repeat(layer.experts.num_experts, 1))
         held["lora_B"].sub_(B.to(held["lora_B"]).repeat(1, layer.experts.num_experts))
         layer.experts.set_anchors()
-        layer.router.prepare(layer.experts.factors())
+        layer.router.prepare(layer.experts.composed())

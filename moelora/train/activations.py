@@ -136,7 +136,7 @@ def _head(model: Any) -> int:
 
 def _site(layer: RoutedLinear, tokens: int, a: int, machine: Machine) -> int:
     """Of a site per token, in rank space: h, scores and gates."""
-    factors, router = layer.experts.factors(), layer.router
+    factors, router = layer.experts.composed(), layer.router
     k, ranks = router.chosen, factors.B.shape[1]
     units = int(getattr(router, "units", router.num_experts))
     planned = router.reads == "hidden"  # its scores are part of the plan
@@ -151,7 +151,7 @@ def _site(layer: RoutedLinear, tokens: int, a: int, machine: Machine) -> int:
 
 def _read(layer: RoutedLinear, a: int) -> int:
     """Of a site per token: the x that it reads, and keeps."""
-    A = layer.experts.factors().A
+    A = layer.experts.composed().A
     scores = layer.router.reads in ("x", "dropped") and any(p.requires_grad for p in layer.router.parameters())
     if not scores and (A is None or not A.requires_grad):
         return 0

@@ -5,7 +5,7 @@
       trainer_state.json     steps, logged numbers, callbacks: transformers' own
       training.json          learning-rate schedule, random states, processes
       optimizer.safetensors  the optimiser's state of every parameter, whole: for any engine and number of processes
-      pairs.safetensors      what a method between backward and step keeps (``moelora.train.pairs``)
+      pairs.safetensors      what methods keep from step to step (``moelora.train.stepping``)
       checkpoint.json        sha256 of every file; written last
 
 Only the first process writes. What it does not find complete it does not read.

@@ -17,10 +17,12 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
+from moelora.core.step import Now
 from moelora.model.partition import wholes
 from moelora.model.routed import RoutedModel, after_step
 from moelora.model.save import restore
 from moelora.model.write import adapter_tensors, write
+from moelora.optim.base import Optim
 from moelora.train.checkpoint import (
     OPTIMIZER,
     PAIRS,
@@ -35,8 +37,8 @@ from moelora.train.checkpoint import (
 )
 from moelora.train.engine import Engine
 from moelora.train.guard import Guard, Stop, heeding
-from moelora.train.pairs import Pairs, PairTransform
 from moelora.train.processes import agreed
+from moelora.train.stepping import Stepping
 
 
 class _AroundStep(TrainerCallback):
@@ -45,6 +47,9 @@ class _AroundStep(TrainerCallback):
     def __init__(self, trainer: DurableTrainer) -> None:
         self.trainer = trainer
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.begin_step()
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not self.trainer.is_deepspeed_enabled:  # which has stepped already
             self.trainer.before_step()
@@ -52,6 +57,7 @@ class _AroundStep(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if isinstance(model, RoutedModel):  # under DeepSpeed, whose optimiser does not hold the model's parameters
             after_step(model)
+        self.trainer.after_step()
         if self.trainer.guard is not None and self.trainer.guard.stop:
             control.should_save = control.should_training_stop = True
 
@@ -59,7 +65,8 @@ class _AroundStep(TrainerCallback):
 class DurableTrainer(SFTTrainer):
     """See the module.
 
-    tasks: names by task id, for messages. max_skipped_steps: see ``Recipe``. transform: between backward and step.
+    tasks: names by task id, for messages. max_skipped_steps: see ``Recipe``. optim: what takes part
+    in steps beside the optimiser.
     """
 
     model: Any
@@ -67,12 +74,13 @@ class DurableTrainer(SFTTrainer):
     lr_scheduler: Any
     tasks: list[str]
     max_skipped_steps: int
-    transform: PairTransform | None
+    optim: Optim | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.engine: Engine | None = None
         self.guard: Guard | None = None
-        self.pairs: Pairs | None = None
+        self.stepping: Stepping | None = None
+        self.now = Now(0, 0, 0.0)
         self.stop = Stop()
         super().__init__(*args, **kwargs)
         self.add_callback(_AroundStep(self))
@@ -93,11 +101,23 @@ class DurableTrainer(SFTTrainer):
                 print(f"ended by SIGTERM; {folder} is complete, and --resume goes on from it", file=sys.stderr)
             raise SystemExit(128 + signal.SIGTERM)
 
+    def begin_step(self) -> None:
+        """Before the first micro-batch of a step."""
+        assert self.stepping is not None
+        self.now = Now(self.state.global_step, self.state.max_steps, float(self.lr_scheduler.get_last_lr()[0]))
+        self.stepping.begin(self.now)
+
     def before_step(self) -> None:
         """Between backward and step, when gradients are summed up over micro-batches and processes."""
-        assert self.guard is not None
-        if self.guard.before_step(self.state.global_step + 1) and self.pairs is not None:
-            self.pairs()
+        assert self.guard is not None and self.stepping is not None
+        if self.guard.before_step(self.state.global_step + 1):
+            self.stepping.before(self.now)
+
+    def after_step(self) -> None:
+        """After a step, unless it was skipped."""
+        assert self.engine is not None and self.stepping is not None
+        if not self.engine.skip:
+            self.stepping.after(self.now)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """transformers' preparation of engine, optimiser and schedule; then what a checkpoint holds of them."""
@@ -109,15 +129,14 @@ class DurableTrainer(SFTTrainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.engine = Engine(self.model, self.model_wrapped, self.optimizer)
         self.guard = Guard(self.engine, self.model, self.model_wrapped, self.tasks, self.max_skipped_steps, self.stop)
-        self.pairs = None if self.transform is None else Pairs(self.model, self.engine, self.transform)
+        self.stepping = Stepping(self.model, self.engine, self.optim)
         if self.engine.deepspeed is not None:
             self.engine.before_step(self.before_step)
         if folder is not None:
             for name, parameter in self.engine.parameters.items():
                 self.engine.set_value(parameter, values[name])
             self.engine.set_states(read_tensors(folder, OPTIMIZER))
-            if self.pairs is not None:
-                self.pairs.set_tensors(read_tensors(folder, PAIRS))
+            self.stepping.set_tensors(read_tensors(folder, PAIRS))
             training = read_training(folder)
             there, here = training.global_batch, self._global_batch()
             if there != here and self.is_world_process_zero():
@@ -164,7 +183,8 @@ class DurableTrainer(SFTTrainer):
         callbacks.update({type(c).__name__: c.state() for c in exportable if isinstance(c, ExportableState)})
         adapter = wholes(adapter_tensors(self.model), keep=main)
         states = {name: value.cpu() for name, value in self.engine.states().items() if main}
-        pairs = {} if self.pairs is None else self.pairs.tensors()
+        assert self.stepping is not None
+        pairs = self.stepping.tensors()
         training = Training(step, self._global_batch(), self.lr_scheduler.state_dict(), random_states())
 
         def write_all() -> None:

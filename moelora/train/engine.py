@@ -34,14 +34,32 @@ class Engine:
         self._clip_at = 0.0
         self.skip = False
         """Whether the next step leaves everything as it is."""
+        self._resting: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
         self.optimizer.register_step_pre_hook(self._leave_out)
+        self.optimizer.register_step_post_hook(self._put_back)
 
     def _leave_out(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Parameters without a gradient are not stepped: neither moments, nor decay, nor counts."""
+        """Parameters without a gradient are not stepped: neither moments, nor decay, nor counts. Of the others, what is
+        about to change where the gradient is exactly zero is kept: there nothing was learned, as in experts that no
+        token used."""
+        stepped = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if self.skip:
-            for group in optimizer.param_groups:
-                for held in group["params"]:
-                    held.grad = None
+            for held in stepped:
+                held.grad = None
+        elif stepped:
+            resting = torch.stack([(held.grad == 0).any().to(stepped[0].device) for held in stepped]).tolist()
+            for held in (held for held, rests in zip(stepped, resting, strict=True) if rests):
+                at_rest = held.grad == 0
+                kept = {key: value[at_rest] for key, value in optimizer.state[held].items() if _alike(value, held)}
+                self._resting.append((held, at_rest, {"": held.detach()[at_rest], **kept}))
+
+    @torch.no_grad()
+    def _put_back(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for held, at_rest, kept in self._resting:
+            for key, value in {"": held, **optimizer.state[held]}.items():
+                if _alike(value, held):
+                    value[at_rest] = kept.get(key, 0)  # moments that came with this step start from zero
+        self._resting.clear()
 
     def before_step(self, call: Callable[[], None]) -> None:
         """Call ``call`` before every optimiser step of DeepSpeed, when gradients are summed up and not yet clipped."""
@@ -187,3 +205,7 @@ class Engine:
         groups = zero.fp16_groups if self.stage == 3 else zero.bit16_groups
         for held, group in zip(self._held(), groups, strict=True):
             yield held, [names[id(parameter)] for parameter in group]
+
+
+def _alike(value: Any, held: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == held.shape

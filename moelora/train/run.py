@@ -19,6 +19,7 @@ from transformers.utils import logging
 from trl import SFTConfig
 
 from moelora.core.errors import ConfigError, OutputError
+from moelora.core.methods import Methods
 from moelora.data.load import Task, load_tasks
 from moelora.data.mixture import mix
 from moelora.data.prompts import as_trl, uses_chat
@@ -80,7 +81,7 @@ def train(
     if main_process():
         out.mkdir(parents=True, exist_ok=True)
         (out / RECIPE).write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False), encoding="utf-8")
-    trainer = build_trainer(recipe, model, tokenizer, tasks, rows, held_out)
+    trainer = build_trainer(recipe, model, tokenizer, tasks, rows, held_out, plugins)
     base = None
     if evaluate_base and held_out is not None:
         with disabled(model):
@@ -144,6 +145,7 @@ def build_trainer(
     tasks: list[Task],
     rows: datasets.Dataset,
     held_out: datasets.Dataset | None,
+    plugins: Iterable[str | Path] = (),
 ) -> MoeLoraTrainer:
     """A trainer for an adapted model on loaded tasks."""
     return MoeLoraTrainer(
@@ -155,6 +157,7 @@ def build_trainer(
         tasks=[task.name for task in tasks],
         exact_match=[task.name for task in tasks if task.config.metric == "exact_match"],
         max_skipped_steps=recipe.max_skipped_steps,
+        optim=Methods(plugins).build("optim", recipe.optim),
     )
 
 

@@ -30,8 +30,8 @@ from moelora.eval.evaluate import exact_match, token_sums
 from moelora.eval.routing import CollapseAlarm, RoutingStats
 from moelora.model.inputs import token_share
 from moelora.model.routed import RoutedModel, collect, weighted_sum
+from moelora.optim.base import Optim
 from moelora.train.durable import DurableTrainer
-from moelora.train.pairs import PairTransform
 from moelora.train.progress import LossBar
 
 
@@ -69,9 +69,9 @@ class MoeLoraTrainer(DurableTrainer):
         exact_match: list[str] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         max_skipped_steps: int = 10,
-        transform: PairTransform | None = None,
+        optim: Optim | None = None,
     ) -> None:
-        self.max_skipped_steps, self.transform = max_skipped_steps, transform
+        self.max_skipped_steps, self.optim = max_skipped_steps, optim
         self.tasks, self.exact_match = tasks, exact_match or []
         self.eval_rows = eval_dataset
         self.routing: RoutingStats | None = None

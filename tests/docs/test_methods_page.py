@@ -34,11 +34,17 @@ class TestEntry:
         for line in SAID.findall(entry["recipe"]):
             for key, value in yaml.safe_load(line).items():
                 config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
-        named = {"routers": "router", "experts": "experts", "init": "init", "losses": "losses"}[entry["axis"]]
+        named = "router" if entry["axis"] == "routers" else entry["axis"]
         assert named in config or entry["name"] in config
-        config = {key: value for key, value in config.items() if key in ("experts", "router", "init", "losses")}
+        if named == "optim":
+            assert Methods().check("optim", config["optim"])["name"] == entry["name"]
+            return
+        config = {
+            key: value for key, value in config.items() if key in ("experts", "router", "init", "ranks", "losses")
+        }
         filled = resolve(_completed(config, entry), Methods())
-        assert entry["name"] in (filled.router["name"], filled.init["name"], filled.experts.name, *filled.losses)
+        methods = (filled.router, filled.init, filled.ranks, filled.experts.method())
+        assert entry["name"] in (*(method["name"] for method in methods), *filled.losses)
 
 
 def _completed(config: dict[str, Any], entry: dict[str, str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2] / "moelora"
-AXES = ("experts", "routers", "init", "losses", "targets")
+AXES = ("experts", "routers", "init", "ranks", "optim", "losses", "targets")
 
 LEVELS: dict[str, int] = {
     "core": 0,

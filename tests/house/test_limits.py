@@ -11,7 +11,7 @@ import pytest
 
 TOP = Path(__file__).parents[2]
 ROOT = TOP / "moelora"
-AXES = ("experts", "routers", "init", "losses", "targets")
+AXES = ("experts", "routers", "init", "ranks", "optim", "losses", "targets")
 FILES = sorted(ROOT.rglob("*.py"))
 METHODS = [
     path for axis in AXES for path in sorted((ROOT / axis).glob("*.py")) if path.stem not in ("__init__", "base")

@@ -26,6 +26,7 @@ FULL = {
         "modules_from": "agree",
     },
     "router": {"name": "meteora", "top_k": 1, "temperature": 2.0},
+    "ranks": {"name": "full"},
     "init": {"name": "kaiming"},
     "losses": {"z": {"weight": 0.1, "tokens": "answers"}},
     "target_modules": ["q_proj"],

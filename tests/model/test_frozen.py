@@ -294,6 +294,6 @@ def test_adapters_is_a_list_of_folders(adapters: Any) -> None:
 
 
 @pytest.mark.parametrize("train", ["A", "router", True])
-def test_train_is_one_of_three_words(train: Any) -> None:
-    with pytest.raises(MoeloraError, match=r"adapter\.experts\.train: input should be 'all', 'B' or 'none'"):
+def test_train_is_one_of_four_words(train: Any) -> None:
+    with pytest.raises(MoeloraError, match=r"adapter\.experts\.train: input should be 'all', 'B', 'middle' or 'none'"):
         tiny.adapt(tiny.llama(), {"experts": {"train": train}})

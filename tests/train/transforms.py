@@ -5,17 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moelora.train.pairs import Pair, PairTransform
+from moelora.core.step import Now
+from moelora.optim.base import Pair, PairOptim
 
 
-class Rescale(PairTransform):
+class Rescale(PairOptim):
     """Each half's gradient by the other half's norm, and by a mean over steps that it keeps: no sum of parts."""
 
-    def __call__(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        mean = pair.state.get("mean", torch.zeros(1))
-        pair.state["mean"] = 0.5 * mean + 0.5 * pair.gradients[1].norm().reshape(1).cpu()
-        factor = 1 / (1 + pair.state["mean"].to(pair.A.device))
-        return pair.gradients[0] * pair.A.norm() * factor, pair.gradients[1] * (1 + pair.B.norm()) * factor
+    def change(self, pair: Pair, now: Now) -> tuple[Tensor, Tensor]:
+        norms = {
+            key: value.flatten(1).norm(dim=1).view(-1, 1, 1)
+            for key, value in vars(pair).items()
+            if key in ("A", "B", "dB")
+        }
+        mean = pair.state.get("mean", torch.zeros_like(norms["dB"]))
+        pair.state["mean"] = 0.5 * mean + 0.5 * norms["dB"]
+        factor = 1 / (1 + pair.state["mean"])
+        return pair.dA * norms["A"] * factor, pair.dB * (1 + norms["B"]) * factor
 
 
 TRANSFORMS = {"rescale": Rescale}

@@ -97,7 +97,7 @@ def prepare(trainer: Any, case: dict[str, Any]) -> None:
     from tests.train.transforms import TRANSFORMS
 
     if "transform" in case:
-        trainer.transform = TRANSFORMS[case["transform"]]()
+        trainer.optim = TRANSFORMS[case["transform"]]()
     if "nan" in case:  # {"step", "rank", "layer"}
         fault = case["nan"]
         layer = trainer.model.get_submodule(fault["layer"])

@@ -59,7 +59,7 @@ class Sums:
 
     def add(self, seen: Seen) -> None:
         """Take a call's tokens in."""
-        factors = self.layer.experts.factors()
+        factors = self.layer.experts.composed()
         A = _wide(factors.A)
         h, gate = seen.x.double() @ A.t(), seen.route.dense().double()
         u = self._mixed(seen, h, gate, factors, A)
@@ -74,7 +74,7 @@ class Sums:
 
     def least_squares(self) -> PlainLoRA:
         """The layer with the constant gates that come nearest."""
-        experts, factors = self.layer.experts, self.layer.experts.factors()
+        experts, factors = self.layer.experts, self.layer.experts.composed()
         A, B, mean = _wide(factors.A), _wide(factors.B) * factors.scale.double(), self.gates / self.tokens
         gram = B.t() @ B
         if factors.core is not None:
@@ -176,7 +176,7 @@ def replaced(model: nn.Module, loras: Mapping[str, PlainLoRA]) -> Iterator[None]
     def alone(
         layer: RoutedLinear, _: Own, x: Tensor, decide: Decide, rest: tuple[Any, ...], image: Image | None
     ) -> Tensor:
-        lora, route = loras[layer.site.name], decide(layer.experts.anchored_factors(), image or Image(x))
+        lora, route = loras[layer.site.name], decide(layer.experts.composed(), image or Image(x))
         if rest == ("each",):  # the copies of a feed-forward block are all the same
             assert route.index is not None
             return lora(x).unsqueeze(1).expand(-1, route.index.shape[1], -1)

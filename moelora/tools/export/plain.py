@@ -244,7 +244,7 @@ def refuse_more_than_lora(layers: list[RoutedLinear], what: str) -> None:
 
 
 def _factors(experts: Experts) -> Factors:
-    factors = experts.factors()
+    factors = experts.composed()
     if factors.A is None:
         raise ConfigError(f"experts of '{experts.site.name}' give no A, so there is no LoRA to write")
     return factors

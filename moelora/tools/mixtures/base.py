@@ -117,7 +117,7 @@ def put(model: nn.Module, mixture: Mixture) -> None:
                 _fill_router(layer.router, mixture.router(layer.site), layer.site.name, mixture.folder)
         for layer in layers.values():
             layer.experts.set_anchors()
-            layer.router.prepare(layer.experts.factors())
+            layer.router.prepare(layer.experts.composed())
 
     try:
         config = resolve(mixture.adapter, methods)

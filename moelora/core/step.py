@@ -1,0 +1,71 @@
+"""Stepped: what takes part in the steps of a training run, on any engine."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from moelora.core.tape import Site
+
+
+@dataclass(frozen=True, slots=True)
+class Now:
+    """An optimiser step. step: its number, from 0, of ``steps``. lr: the learning rate it takes."""
+
+    step: int
+    steps: int
+    lr: float
+
+
+class Trained(ABC):
+    """What is trained of one layer's experts: whole tensors, the same in all processes, float32 under DeepSpeed.
+
+    experts: the module. names: of its trained tensors, as the module has them. state: what the method keeps from step
+    to step; checkpoints hold it. Every method is called by all processes together, in the same order.
+    """
+
+    def __init__(self, site: Site, experts: Any, names: Sequence[str]) -> None:
+        self.site, self.experts, self.names = site, experts, tuple(names)
+        self.state: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def value(self, name: str) -> Tensor:
+        """A tensor."""
+
+    @abstractmethod
+    def gradient(self, name: str) -> Tensor:
+        """Its gradient: summed up over micro-batches and processes, and clipped. Only between backward and step."""
+
+    @abstractmethod
+    def set_value(self, name: str, value: Tensor) -> None:
+        """Replace a tensor."""
+
+    @abstractmethod
+    def set_gradient(self, name: str, value: Tensor) -> None:
+        """Replace a gradient. Where it is exactly zero the optimiser changes nothing: no value, no moment."""
+
+
+class Stepped:
+    """Takes part in steps by overriding one of these. Nothing in them may depend on the process.
+
+    Of objects that stand in every layer, the first one is asked, for all layers. A step from numbers that are not
+    finite is skipped: then neither ``before_step`` nor ``after_step`` is called.
+    """
+
+    def begin_step(self, layers: Sequence[Trained], now: Now) -> None:
+        """Before the first micro-batch of a step."""
+
+    def before_step(self, layers: Sequence[Trained], now: Now) -> None:
+        """Between backward and step."""
+
+    def after_step(self, layers: Sequence[Trained], now: Now) -> None:
+        """After the step."""
+
+    @classmethod
+    def overrides(cls, *names: str) -> bool:
+        """Whether a subclass has one of these methods of its own."""
+        return any(getattr(cls, name) is not getattr(Stepped, name) for name in names)
