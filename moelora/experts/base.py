@@ -32,6 +32,7 @@ class Experts(ExactBuffers, Stepped, ABC):
     gives: what routers and losses may need of it: ``"own_A"`` when every expert has its own rows of A and columns of B
         (R = num_experts * r), ``"shared_A"`` when all have one A (R = r), ``"core"`` when it fills ``Factors.core``.
     computed: whether ``factors`` computes them, so that nothing asks for them but the forward that uses them.
+    apart: whether every expert has an output of its own, as a router around feed-forward blocks asks for.
     allocator: the ``Ranks`` that stand between ``factors`` and their use, or None.
     start_A, start_B: the factors at the start, [R, D] and [O, R], where their update is subtracted, else None.
 
@@ -45,6 +46,7 @@ class Experts(ExactBuffers, Stepped, ABC):
 
     gives: ClassVar[tuple[str, ...]]
     computed: ClassVar[bool] = False
+    apart: ClassVar[bool] = True
     scale: Tensor
     start_A: Tensor | None
     start_B: Tensor | None

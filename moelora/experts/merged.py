@@ -23,7 +23,6 @@ from typing import Literal
 
 from torch import Tensor
 
-from moelora.core.errors import ConfigError
 from moelora.experts.base import Decide
 from moelora.experts.lora import LoRA
 from moelora.ops import routed_lora
@@ -31,9 +30,11 @@ from moelora.ops.project import Image
 
 
 class Merged(LoRA):
-    """LoRA factors mixed before they are multiplied. Raises ConfigError around a feed-forward block, where each chosen
-    expert has an output of its own and there is nothing to merge.
+    """LoRA factors mixed before they are multiplied. Refused around a feed-forward block, where each chosen expert has
+    an output of its own and there is nothing to merge.
     """
+
+    apart = False
 
     def forward(
         self,
@@ -44,11 +45,7 @@ class Merged(LoRA):
         image: Image | None = None,
     ) -> Tensor:
         """The update [T, O] of tokens x [T, D]; see ``Experts.forward``."""
-        if form != "tokens":
-            raise ConfigError(
-                f"experts.merged: the router of '{self.site.name}' asks for the output of every expert apart, and "
-                "merged experts have one between them; use experts: lora"
-            )
+        assert form == "tokens"
         factors, image = self.composed(), image or Image(x)
         assert factors.A is not None
         h = image.under(factors.A)

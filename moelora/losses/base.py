@@ -40,6 +40,9 @@ class Loss(ABC):
             raise ConfigError(f"losses.{name} is about the experts and counts no tokens; leave out tokens: {tokens}")
         self.weight, self.tokens = weight, tokens
 
+    def admit(self, units: int) -> None:  # noqa: B027
+        """Raise ConfigError for routers of so many units, if the term is not for them. Most are for all."""
+
     @abstractmethod
     def __call__(self, route: Route, view: View) -> Tensor | Product:
         """The term of one site, over the tokens of ``view.mask``; zero (with a graph) when there are none.

@@ -58,12 +58,14 @@ class LocalisedBalance(Loss):
         self.expert_types, self.task_types, self.delta = expert_types, task_types, delta
         self._table: Tensor | None = None
 
-    def __call__(self, route: Route, view: View) -> Tensor:
-        if route.units != len(self.expert_types):
+    def admit(self, units: int) -> None:
+        if units != len(self.expert_types):
             raise ConfigError(
-                f"losses.localised_balance: expert_types has {len(self.expert_types)} entries, but the router at "
-                f"'{view.site.name}' chooses between {route.units} units; give one type to each"
+                f"losses.localised_balance: expert_types has {len(self.expert_types)} entries, but the router chooses "
+                f"between {units} units; give one type to each"
             )
+
+    def __call__(self, route: Route, view: View) -> Tensor:
         gates = route.dense() * self._factor(view, route.weight)
         valid = gates.new_ones(len(gates)) if view.mask is None else view.mask.to(gates.dtype)
         samples = view.shape[0] if view.shape else 1

@@ -157,6 +157,8 @@ def resolve(config: AdapterConfig | Mapping[str, Any] | str | Path, methods: Met
     _refuse_unfit_experts(*built[0][1:], filled)
     for loss in build_losses(filled, methods).items():
         _refuse_blind_loss(*loss, *built[0][1:], filled)
+        for _, router, _ in built:
+            loss[1].admit(router.units)
     return filled
 
 
@@ -261,6 +263,11 @@ def _refuse_unfit_experts(router: Router, experts: Experts, config: AdapterConfi
         raise ConfigError(
             f"router '{config.router['name']}' is for experts with {' and '.join(said[need] for need in missing)}; "
             f"experts '{config.experts.name}' have {' and '.join(said[has] for has in experts.gives)}"
+        )
+    if router.around == "ffn" and not experts.apart:
+        raise ConfigError(
+            f"router '{config.router['name']}' asks for the output of every expert apart, and experts "
+            f"'{config.experts.name}' have one between them; use experts: lora"
         )
     init, ranks = config.init["name"], config.ranks["name"]
     if experts.start_A is not None and ("own_A" not in experts.gives or router.reads == "h"):

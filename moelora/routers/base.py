@@ -45,6 +45,8 @@ class Router(ExactBuffers, ABC):
     def __init__(self, site: Site, num_experts: int, r: int) -> None:
         super().__init__()
         self.site, self.num_experts, self.r = site, num_experts, r
+        self.units = num_experts
+        """How many units it gives gates to; those of single ranks say how many these are."""
 
     @classmethod
     def group(cls, site: Site, options: dict[str, Any]) -> str | None:

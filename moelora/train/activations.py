@@ -138,7 +138,7 @@ def _site(layer: RoutedLinear, tokens: int, a: int, machine: Machine) -> int:
     """Of a site per token, in rank space: h, scores and gates."""
     factors, router = layer.experts.composed(), layer.router
     k, ranks = router.chosen, factors.B.shape[1]
-    units = int(getattr(router, "units", router.num_experts))
+    units = router.units
     planned = router.reads == "hidden"  # its scores are part of the plan
     scored = 4 * units * sum("logits" in loss.needs for loss in layer.losses.values())
     if k is None:

@@ -121,8 +121,8 @@ def test_one_state_per_sequence_is_a_sample_of_one_token() -> None:
 def test_lengths_and_types_that_do_not_fit() -> None:
     with pytest.raises(ConfigError, match=r"task_types has \[2\], a type that no expert has; expert_types is \[0, 1\]"):
         LocalisedBalance(1.0, expert_types=[0, 1], task_types=[0, 2], delta=0.1)
-    with pytest.raises(ConfigError, match="expert_types has 3 entries, but the router at 'site' chooses between 4"):
-        LOSS(Route(torch.ones(12, 4), 4), tiny.view((3, 4), task=torch.tensor([0, 1, 2])))
+    with pytest.raises(ConfigError, match="expert_types has 3 entries, but the router chooses between 4"):
+        LOSS.admit(4)
     with pytest.raises(DataError, match="task id 3, but task_types has 3 entries"):
         term(GATES, torch.tensor([0, 3, 1]))
     with pytest.raises(DataError, match="needs the task of every sequence"):
