@@ -15,7 +15,8 @@ of several types; with one task per row this is the formula above. Tokens of no 
 without a valid token are no samples. Z counts tokens: long samples weigh more, and unequal lengths alone make L
 positive, as in the released code. Every process has the variance of its own rows, nothing is summed over processes.
 
-Recipe line: ``losses: {localised_balance: {weight: 0.01, expert_types: [0, 1], task_types: [0, 1], delta: 0.1}}``
+Recipe line: ``losses: {localised_balance: {weight: 0.01, expert_types: [0, 1], task_types: [0, 1], delta: 0.1}}`` with
+``experts: {num_experts: 2}``
 """
 
 from __future__ import annotations
