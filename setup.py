@@ -169,9 +169,10 @@ setup(
     extras_require={
         "deepspeed": ["deepspeed>=0.18"],
         "eval": ["lm-eval>=0.4.9"],
-        "quant": ["bitsandbytes>=0.48"],
+        "quant": ["bitsandbytes>=0.50"],
         "triton": ["triton>=3.6; sys_platform == 'linux'"],
         "dev": [
+            "bitsandbytes>=0.50; sys_platform == 'linux'",
             "deepspeed>=0.18; sys_platform == 'linux'",
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -19,13 +19,16 @@ from moelora.core.validate import Strict, check, nearest
 from moelora.data.config import DataConfig
 from moelora.model.base import TINY
 from moelora.model.config import AdapterConfig, named_method, resolve
+from moelora.model.quantised import Quantization
 from moelora.optim.base import Optim
 
 
 class Recipe(Strict):
     """The sections of a recipe.
 
-    base_model: a hub id, a local folder, or ``moelora/tiny``. adapter: see AdapterConfig. data: see DataConfig.
+    base_model: a hub id, a local folder, or ``moelora/tiny``. quantization_config, dtype, attn_implementation: what
+    transformers' ``from_pretrained`` takes; the first is BitsAndBytesConfig, see Quantization. adapter: see
+    AdapterConfig. data: see DataConfig.
     training: TRL's SFTConfig, that is transformers' TrainingArguments and more, by the same names.
     optim: a method beside the optimiser (``training.optim``), which sees the whole gradients of A and B.
     deepspeed: ``zero1``, ``zero2``, ``zero3``, ``zero3_offload``, or the path of another DeepSpeed configuration.
@@ -34,6 +37,7 @@ class Recipe(Strict):
 
     base_model: str = TINY
     revision: str | None = None
+    quantization_config: Quantization | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attn_implementation: str | None = None
     adapter: AdapterConfig = AdapterConfig()
@@ -94,7 +98,12 @@ def check_recipe(content: Mapping[str, Any], where: str = "recipe", plugins: Ite
     recipe = check(Recipe, content, where if where == "recipe" else "")
     _check_training(recipe.training)
     if recipe.deepspeed is not None:
-        deepspeed_options(recipe.deepspeed)
+        stage = deepspeed_options(recipe.deepspeed).get("zero_optimization", {}).get("stage")
+        if recipe.quantization_config is not None and stage == 3:
+            raise ConfigError(
+                "quantization_config: not with ZeRO-3; bitsandbytes keeps every weight that was gathered for the "
+                "forward pass until the backward pass, so no memory is saved; use deepspeed: zero2"
+            )
         if recipe.training.get("load_best_model_at_end"):  # its optimiser's copies would stay those of the last step
             raise ConfigError(
                 "training.load_best_model_at_end: not with deepspeed; the best checkpoint is kept, and moelora.load "

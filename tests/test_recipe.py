@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import pytest
 from pydantic import BaseModel
@@ -43,12 +43,31 @@ def test_every_shipped_recipe_is_valid_and_says_what_it_is(name: str) -> None:
         ("trainin.max_steps=1", "unknown key 'trainin'; did you mean 'training'"),
         ("dtype=float8", "dtype: .*found 'float8'"),
         ("nonsense", "expected key=value"),
+        ("quantization={load_in_4bit: true}", "unknown key 'quantization'; did you mean 'quantization_config'"),
+        ("quantization_config.load_in_4bits=true", "unknown key 'load_in_4bits'; did you mean 'load_in_4bit'"),
+        ("quantization_config.load_in_4bit=yes", "load_in_4bit: .*valid boolean, found 'yes'"),
+        (
+            "quantization_config={}",
+            "quantization_config: expected load_in_4bit: true or load_in_8bit: true, and not both",
+        ),
+        ("quantization_config={load_in_4bit: true, load_in_8bit: true}", "and not both"),
+        ("quantization_config={load_in_4bit: true, bnb_4bit_quant_type: nf5}", "'fp4' or 'nf4', found 'nf5'"),
+        ("quantization_config={load_in_4bit: true, bnb_4bit_quant_storage: bfloat16}", "storage: .*'uint8', found"),
         ("base_model.x=1", "'base_model' is 'moelora/tiny', not a section"),
     ],
 )
 def test_mistakes_are_named_with_the_nearest_key(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_recipe("smora", [override])
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero3_offload", "own"])
+def test_a_quantised_base_is_refused_under_zero_3(name: str, tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 3}}')
+    engine = str(tmp_path / "own.json") if name == "own" else name
+    with pytest.raises(ConfigError, match=r"^quantization_config: not with ZeRO-3; .* no memory is saved.* zero2"):
+        read_recipe("smora", ["quantization_config={load_in_4bit: true}", f"deepspeed={engine}"])
+    assert read_recipe("smora", ["quantization_config={load_in_4bit: true}", "deepspeed=zero2"]).quantization_config
 
 
 def test_overrides_reach_inside_and_read_numbers_as_numbers() -> None:
@@ -94,7 +113,7 @@ def keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     found = []
     for name, field in model.model_fields.items():
         section: Any = _section(field.annotation)
-        inner = f"{prefix}{name}{'.*' if field.annotation != section else ''}."
+        inner = f"{prefix}{name}{'.*' if get_origin(field.annotation) is dict else ''}."
         found += keys(section, inner) if section is not None else [f"{prefix}{name}"]
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -21,6 +22,7 @@ from moelora.model.ffn import block_layers
 from moelora.model.inputs import two_streams
 from moelora.model.layer import RoutedLinear
 from moelora.model.partition import gathered
+from moelora.model.quantised import form, shape_of, size_of, steady
 from moelora.model.record import Adaptation, main_process, routed_layers
 from moelora.model.routed import RoutedModel, replaying
 from moelora.model.saved import TrainedCopy, fill_saved, find_saved
@@ -79,6 +81,7 @@ def attach(
     """
     if isinstance(model, RoutedModel):
         raise ConfigError("this model has experts already; start from a fresh base model")
+    steady(model)  # before a layer is called
     sites, saved = find_sites(model, config), find_saved(model, config.modules_to_save)
     losses = build_losses(config, methods)
     router_class: type[Router] = methods.find("routers", config.router["name"])
@@ -117,7 +120,10 @@ def attach(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, TrainedCopy(model.get_submodule(name), record.port))
     cls = type(model)
-    model.__class__ = type(cls.__name__, (RoutedModel, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    own: dict[str, Any] = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    if getattr(model, "is_quantized", False):  # Trainer trains such a model with adapters only, and knows PEFT's alone
+        own["_hf_peft_config_loaded"] = True
+    model.__class__ = type(cls.__name__, (RoutedModel, cls), own)
     model.moelora = record  # type: ignore[assignment]
     for module, checkpointing in checkpointed.items():
         module._gradient_checkpointing_func = checkpointing  # type: ignore[assignment]
@@ -160,20 +166,28 @@ def fingerprint(model: nn.Module, names: list[str]) -> str | None:
 
     Values are sampled and rounded to bfloat16, so the same checkpoint loaded in another dtype agrees. None when weights
     are not there to read (meta device). Of weights partitioned by ZeRO-3, two layers are gathered.
+
+    Quantised weights are rounded in another way by every device. There the values are those of all that is not
+    quantised, up to the last layer (embeddings, norms), and the hash stands behind a form: ``nf4:...``.
     """
     digest = hashlib.sha256()
     weights = [_weight(model.get_submodule(name)) for name in names]
     for name, weight in zip(names, weights, strict=True):
-        digest.update(f"{name}:{tuple(getattr(weight, 'ds_shape', weight.shape))};".encode())
-    for weight in (weights[0], weights[-1]):
+        digest.update(f"{name}:{shape_of(weight)};".encode())
+    forms = sorted({found for weight in weights if (found := form(weight)) is not None})
+    for weight in _unquantised(model, weights[-1]) if forms else (weights[0], weights[-1]):
         with gathered([weight]):
             if weight.device.type == "meta" or weight.numel() == 0:
                 return None
-            if weight.is_floating_point():
-                flat = weight.detach().reshape(-1)
-                sample = flat[:: max(1, flat.numel() // 256)].cpu().to(torch.bfloat16)
-                digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:32]
+            flat = weight.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 256)].cpu().to(torch.bfloat16)
+            digest.update(sample.view(torch.int16).numpy().tobytes())
+    return ":".join(["+".join(forms)] * bool(forms) + [digest.hexdigest()[:32]])
+
+
+def _unquantised(model: nn.Module, last: Tensor) -> list[Tensor]:
+    before = itertools.takewhile(lambda weight: weight is not last, model.parameters())
+    return [weight for weight in before if form(weight) is None]
 
 
 def _weight(layer: nn.Module) -> Tensor:
@@ -204,6 +218,6 @@ def print_table(model: nn.Module) -> None:
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total) parameters; shards of a partitioned model count in full."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    """(trainable, total) parameters; shards of a partitioned model and packed weights count in full."""
+    sizes = [(size_of(p), p.requires_grad) for p in model.parameters()]
     return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from moelora.model.adapt import attach, fingerprint, print_table
 from moelora.model.adapters import fill_experts, is_lora
 from moelora.model.config import AdapterConfig, build_sites, find_sites, resolve
 from moelora.model.layer import RoutedLinear
+from moelora.model.quantised import form_of
 from moelora.model.record import adaptation, main_process, routed_layers
 from moelora.model.saved import fill_saved, find_saved, saved_modules
 from moelora.model.sources import Source, check_hash, open_saved
@@ -52,7 +54,7 @@ def load(
 
     adapter: a folder written by ``save`` or a training run, or a hub id (``revision`` pins it). Everything is checked
     against the model before the model is touched. Raises AdapterError for a damaged folder, or a base model other than
-    the adapter's (``force`` skips the comparison of weights).
+    the adapter's (``force`` skips the comparison of weights); warns when one of them is quantised, and the other not.
 
         model = moelora.load(AutoModelForCausalLM.from_pretrained(base), "out/run")
     """
@@ -137,11 +139,20 @@ def _check_base(model: nn.Module, saved: _Saved, force: bool) -> None:
             f"{folder}: made for {manifest.base.cls} '{manifest.base.model}' with {len(there)} adapted layers; in this "
             f"{type(model).__name__} they differ: not here {absent[:2]}, only here {extra[:2]}"
         )
-    own = fingerprint(model, [site.name for site in sites])
-    if not force and None not in (own, manifest.base.fingerprint) and own != manifest.base.fingerprint:
+    own, made_for = fingerprint(model, [site.name for site in sites]), manifest.base.fingerprint
+    if force or own is None or made_for is None or own == made_for:
+        return
+    if form_of(own) == form_of(made_for):
         raise AdapterError(
-            f"{folder}: made for the weights of '{manifest.base.model}' (fingerprint {manifest.base.fingerprint}), and "
+            f"{folder}: made for the weights of '{manifest.base.model}' (fingerprint {made_for}), and "
             f"this model has others ({own}); load the right base model, or pass force=True (--force)"
+        )
+    if main_process():
+        warnings.warn(
+            f"{folder}: made beside '{manifest.base.model}' with {form_of(made_for)} weights, and this model's are "
+            f"{form_of(own)}: the experts add the same, the base differs by the rounding (whether it is the same base "
+            "model was not compared)",
+            stacklevel=3,
         )
 
 

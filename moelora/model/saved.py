@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moelora.core.errors import TargetError
 from moelora.core.tape import Port
 from moelora.core.validate import nearest
+from moelora.model.quantised import form
 
 
 class TrainedCopy(nn.Module):
@@ -40,7 +41,8 @@ class TrainedCopy(nn.Module):
 def find_saved(model: nn.Module, names: list[str]) -> list[str]:
     """Paths of the modules that ``names`` (paths or their endings) mean, outermost only.
 
-    Raises TargetError when a name means none, or a module shares a parameter with the rest of the model (tied weights).
+    Raises TargetError when a name means none, or a module is quantised or shares a parameter with the rest of the model
+    (tied weights).
     """
     modules = [path for path, _ in model.named_modules() if path]
     found: list[str] = []
@@ -51,6 +53,12 @@ def find_saved(model: nn.Module, names: list[str]) -> list[str]:
             raise TargetError(f"modules_to_save: '{name}' matches no module{nearest(name, known)}")
         found += [path for path in paths if not _inside(path, [*found, *(other for other in paths if other != path)])]
     for path in found:
+        for parameter in model.get_submodule(path).parameters():
+            if form(parameter) is not None:
+                raise TargetError(
+                    f"modules_to_save: '{path}' is quantised ({form(parameter)}), and cannot be trained; "
+                    "quantization_config.llm_int8_skip_modules leaves modules as they are"
+                )
         own = {id(parameter) for parameter in model.get_submodule(path).parameters()}
         for other, parameter in model.named_parameters(remove_duplicate=False):
             if id(parameter) in own and not _inside(other, [path]):

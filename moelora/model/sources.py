@@ -23,6 +23,7 @@ from moelora.io.patterns import Budget
 from moelora.io.peft import CONFIG, WEIGHTS, LoRATensors, PeftAdapter, read_peft
 from moelora.model.config import AdapterConfig
 from moelora.model.layer import RoutedLinear
+from moelora.model.quantised import form, form_of
 from moelora.model.record import main_process
 from moelora.model.saved import TrainedCopy
 from moelora.targets.base import block_of
@@ -253,10 +254,12 @@ def warn_of_other_bases(sources: list[Source], model: nn.Module, fingerprint: st
     own = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
     others: dict[str, None] = {}
     for source in sources:
-        if source.base is not None:
-            if None not in (fingerprint, source.base.fingerprint) and fingerprint != source.base.fingerprint:
-                others[f"other weights than this model's, of '{source.base.model}'"] = None
-        elif own and (said := source.adapter.base_model) and _short(said) != _short(own):
+        made_for = None if source.base is None else source.base.fingerprint
+        said = source.adapter.base_model if source.base is None else source.base.model
+        if fingerprint is not None and made_for is not None and form_of(fingerprint) == form_of(made_for):
+            if fingerprint != made_for:
+                others[f"other weights than this model's, of '{said}'"] = None
+        elif own and said and _short(said) != _short(own):
             others[f"'{said}', and this model is '{own}'"] = None
     if others and main_process():
         warnings.warn(f"experts.adapters: made for {'; '.join(others)}", stacklevel=3)
@@ -274,7 +277,7 @@ def dense_weight(layer: nn.Module) -> Tensor:
     weight = cast(Tensor, layer.weight)
     if not _there(layer):
         raise AdapterError(NEEDS_WEIGHTS)
-    if weight.is_floating_point() and weight.dim() == 2:
+    if form(weight) is None and weight.dim() == 2:
         wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         return wide.t() if isinstance(layer, Conv1D) else wide
     eye = torch.eye(cast(int, layer.in_features), device=weight.device)

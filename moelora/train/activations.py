@@ -14,6 +14,7 @@ from torch import nn
 
 from moelora.model.fellows import READERS, groups
 from moelora.model.layer import RoutedLinear
+from moelora.model.quantised import form
 from moelora.model.record import routed_layers
 from moelora.ops import cpu
 from moelora.ops.path import Machine, Shape, choose
@@ -81,6 +82,8 @@ def kept(
         return "the model's feed-forward blocks are mixtures of experts themselves"
     if attention == "eager":
         return "eager attention keeps all its scores"
+    if any(form(p) == "int8" for p in model.parameters()):
+        return "bitsandbytes keeps the inputs of 8-bit layers, with gradient checkpointing, too"
     layers, depth = routed_layers(model), config.num_hidden_layers
     stream = 2 if half and not cast else next(model.parameters()).itemsize
     a = 2 if half else stream
@@ -100,7 +103,8 @@ def kept(
         else:
             once += size
     if cast and stream > 2:
-        weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)) - _head(model)
+        linear = (m.weight for m in model.modules() if isinstance(m, nn.Linear) and form(m.weight) is None)
+        weights = sum(weight.numel() for weight in linear) - _head(model)
         blocks = [block + 2 * weights // depth for block in blocks]
     for router in {id(layer.router): layer.router for layer in layers if layer.router.reads == "hidden"}.values():
         once += tokens * (4 * config.hidden_size + 12 * sum(p.shape[0] for p in router.parameters() if p.dim() == 2))

@@ -30,6 +30,7 @@ from moelora.model.adapters import is_lora
 from moelora.model.base import base_source
 from moelora.model.config import resolve
 from moelora.model.layer import RoutedLinear
+from moelora.model.quantised import empty, form, size_of
 from moelora.model.record import routed_layers
 from moelora.model.sources import check_fit, open_sources
 from moelora.recipe import Recipe, deepspeed_options
@@ -130,6 +131,8 @@ def _base(recipe: Recipe, notes: list[str]) -> tuple[nn.Module, PreTrainedTokeni
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **more)
     except (OSError, ValueError) as error:
         raise ConfigError(f"base_model '{name}': {str(error).strip().splitlines()[0]}") from error
+    if recipe.quantization_config is not None:
+        empty(model, recipe.quantization_config.for_transformers(), dtype)
     model.config._name_or_path = name
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -199,9 +202,9 @@ def _steps_per_epoch(rows: int, arguments: SFTConfig, processes: int) -> int:
 
 def _parameters(model: nn.Module) -> dict[str, Any]:
     found = [one for one in held(model) if not one.buffer]
-    count = {part: sum(one.numel for one in found if one.part == part) for part in ("base", "experts", "router")}
-    saved = sum(one.numel for one in found if one.part == "modules_to_save")
-    trainable, total = sum(one.numel for one in found if one.trains), sum(one.numel for one in found)
+    count = {part: sum(one.numbers for one in found if one.part == part) for part in ("base", "experts", "router")}
+    saved = sum(one.numbers for one in found if one.part == "modules_to_save")
+    trainable, total = sum(one.numbers for one in found if one.trains), sum(one.numbers for one in found)
     more = {"modules_to_save": saved} if saved else {}
     sites = len(routed_layers(model))
     share = round(100 * trainable / total, 4)
@@ -228,7 +231,9 @@ def _memory(
     if engine is None:
         parts = [part for part in parts if part.part != "optimiser states"]
         missing.append(f"optimiser states: those of {optimizer} are not known here")
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(model, "is_quantized", False):
+        parts.append(_dequantised(model, known.half))
+    elif getattr(config, "quantization_config", None) is not None:
         parts = [part for part in parts if part.part not in ("base", "gathered parameters")]
         missing.append("base: its weights are quantised, and their size depends on how they are loaded")
     cast = known.stage == 0
@@ -256,3 +261,16 @@ def _memory(
         "host": sum(part.host for part in parts),
         "missing": missing,
     }
+
+
+def _dequantised(model: nn.Module, half: bool) -> Part:
+    """What a quantised layer makes of its weight to compute gradients: it, as it was, and in the dtype of products."""
+    most = 0
+    for module in model.modules():
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        if weight is not None and form(weight) is not None:
+            state: Any = getattr(weight, "quant_state", None)
+            products = torch.float16 if half else torch.float32
+            dtypes = {products} if state is None else {state.dtype, module.compute_dtype}
+            most = max(most, size_of(weight) * sum(dtype.itemsize for dtype in dtypes))
+    return Part("dequantised weight", most, 0, "half" if half else "float32", "of one layer at a time")

@@ -59,17 +59,20 @@ def export_folder(
     recipe = _recipe(folder, base, plugins)
     number = None if task is None else _task_number(task, recipe.data, folder)
     source, options = base_source(recipe.base_model), revision_of(recipe)
-    if to == "merged" and _quantised(recipe.base_model, source, options, dequantize):
+    if to == "merged" and _quantised(recipe, source, options, dequantize):
         model, tokenizer = load_base(recipe)
         load(model, folder, plugins=plugins, force=force)
         return export_dense(model, dest, tokenizer, number)
-    weights = base_folder(source, options.get("revision"))
-    try:
-        model = hollow_base(folder, weights, recipe.base_model, plugins)
-    except AdapterError:
-        if to == "merged":
-            raise
-        model = load_base(recipe)[0]  # no safetensors, or quantised ones
+    if recipe.quantization_config is not None:
+        model = load_base(recipe)[0]
+    else:
+        weights = base_folder(source, options.get("revision"))
+        try:
+            model = hollow_base(folder, weights, recipe.base_model, plugins)
+        except AdapterError:
+            if to == "merged":
+                raise
+            model = load_base(recipe)[0]  # no safetensors, or quantised ones
     load(model, folder, plugins=plugins, force=force)
     if to == "peft":
         return export_peft(model, dest)
@@ -145,13 +148,14 @@ def _refuse_useless(to: str, choice: str, rank: int | None, probe: Path | None, 
         raise ConfigError(f"--rank: expected a number of at least 1, found {rank}")
 
 
-def _quantised(name: str, source: str, options: dict[str, Any], dequantize: bool) -> bool:
-    """Whether a base model is quantised. Raises ConfigError where that is not what was asked for."""
+def _quantised(recipe: Recipe, source: str, options: dict[str, Any], dequantize: bool) -> bool:
+    """Whether the base model is quantised. Raises ConfigError where that is not what was asked for."""
+    name, given = recipe.base_model, recipe.quantization_config
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"base_model '{name}': {str(error).strip().splitlines()[0]}") from error
-    how: Any = getattr(config, "quantization_config", None)
+    how: Any = getattr(config, "quantization_config", None) if given is None else {"quant_method": "bitsandbytes"}
     if how is not None and not dequantize:
         method = how.get("quant_method", "?") if isinstance(how, dict) else how
         raise ConfigError(

@@ -16,13 +16,15 @@ from typing import Any
 
 from torch import nn
 
+from moelora.model.quantised import constants, size_of
 from moelora.model.record import routed_layers
 from moelora.model.saved import saved_modules
 
 
 @dataclass(frozen=True)
 class Held:
-    """A parameter or buffer. part: base, experts, router or modules_to_save. owner: the module that has it."""
+    """A parameter or buffer. part: base, experts, router or modules_to_save. owner: the module that has it. packed: how
+    many numbers one of its own stands for."""
 
     part: str
     numel: int
@@ -30,6 +32,12 @@ class Held:
     owner: int
     trains: bool = False
     buffer: bool = False
+    packed: int = 1
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it keeps."""
+        return self.numel * self.packed
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,10 @@ def held(model: nn.Module) -> list[Held]:
     found: dict[int, Held] = {}
     for owner, module in enumerate(model.modules()):
         for p in module.parameters(recurse=False):
-            found.setdefault(id(p), Held(of.get(id(p), "base"), p.numel(), p.itemsize, owner, p.requires_grad))
-        for b in module.buffers(recurse=False):
+            packed = size_of(p) // max(1, p.numel())
+            one = Held(of.get(id(p), "base"), p.numel(), p.itemsize, owner, p.requires_grad, packed=packed)
+            found.setdefault(id(p), one)
+        for b in (*module.buffers(recurse=False), *constants(module)):
             found.setdefault(id(b), Held(of.get(id(b), "base"), b.numel(), b.itemsize, owner, buffer=True))
     return list(found.values())
 
@@ -153,7 +163,7 @@ def standing(tensors: Iterable[Held], engine: Engine) -> list[Part]:
             whole = stage == 3 and not one.buffer and one.numel <= engine.threshold
             host += size if engine.offload[1] and not one.buffer else 0
             gpu += (0 if engine.offload[1] and not one.buffer else size) + (one.numel * width(one) if whole else 0)
-        own = {width(one) for one in tensors if one.part == name and not one.buffer}
+        own = {width(one) / one.packed for one in tensors if one.part == name and not one.buffer}
         parts.append(Part(name, gpu, host, _dtypes(own), "divided" if stage == 3 else "whole"))
     trained = [one for one in tensors if one.trains]
     kinds = {width(one) for one in trained}
@@ -203,6 +213,6 @@ def _placed(size: int, aside: bool) -> tuple[int, int]:
     return (0, size) if aside else (size, 0)
 
 
-def _dtypes(sizes: Iterable[int]) -> str:
-    known = {1: "8 bit", 2: "half", 4: "float32", 8: "float64"}
+def _dtypes(sizes: Iterable[float]) -> str:
+    known = {0.5: "4 bit", 1: "8 bit", 2: "half", 4: "float32", 8: "float64"}
     return ", ".join(known[size] for size in sorted(set(sizes))) or "none"

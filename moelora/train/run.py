@@ -25,6 +25,7 @@ from moelora.data.mixture import mix
 from moelora.data.prompts import as_trl, uses_chat
 from moelora.model.adapt import adapt, parameter_counts
 from moelora.model.base import TINY, base_source
+from moelora.model.quantised import steady
 from moelora.model.record import adaptation, main_process
 from moelora.model.routed import disabled
 from moelora.model.write import write
@@ -166,14 +167,20 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     name = recipe.base_model
     source, options = base_source(name), revision_of(recipe)
     dtype = "float32" if source != name and recipe.dtype == "auto" else recipe.dtype
+    more: dict[str, Any] = {}
+    if recipe.attn_implementation is not None:
+        more["attn_implementation"] = recipe.attn_implementation
+    if recipe.quantization_config is not None:
+        more["quantization_config"] = recipe.quantization_config.for_transformers()
+        if recipe.training.get("use_cpu"):
+            more["device_map"] = {"": "cpu"}  # such a model is not moved afterwards
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        if recipe.attn_implementation is not None:
-            options["attn_implementation"] = recipe.attn_implementation
         with _quiet_loading(name == TINY):
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    except (OSError, ValueError) as error:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options, **more)
+    except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"base_model '{name}': {str(error).strip().splitlines()[0]}") from error
+    steady(model)
     model.config._name_or_path = name
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

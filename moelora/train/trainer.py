@@ -78,6 +78,7 @@ class MoeLoraTrainer(DurableTrainer):
         self.watched: RoutingStats | None = None
         self.step_tokens: Tensor | None = None
         self.alarm = CollapseAlarm()
+        trained = [(p, p.data) for p in model.parameters() if p.requires_grad]
         super().__init__(
             model=model,
             args=args,
@@ -86,6 +87,9 @@ class MoeLoraTrainer(DurableTrainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        for parameter, value in trained:
+            if parameter.dtype != value.dtype:  # TRL makes bfloat16 of what is trained beside a quantised base
+                parameter.data = value.to(parameter.device)
         own: Any = self.data_collator
         self.data_collator = TaskCollator(
             pad_token_id=own.pad_token_id, padding_free=own.padding_free, pad_to_multiple_of=own.pad_to_multiple_of
