@@ -27,8 +27,8 @@ class Recipe(Strict):
     """The sections of a recipe.
 
     base_model: a hub id, a local folder, or ``moelora/tiny``. quantization_config, dtype, attn_implementation: what
-    transformers' ``from_pretrained`` takes; the first is BitsAndBytesConfig, see Quantization. adapter: see
-    AdapterConfig. data: see DataConfig.
+    transformers' ``from_pretrained`` takes; the first is a BitsAndBytesConfig, see Quantization.
+    adapter: see AdapterConfig. data: see DataConfig.
     training: TRL's SFTConfig, that is transformers' TrainingArguments and more, by the same names.
     optim: a method beside the optimiser (``training.optim``), which sees the whole gradients of A and B.
     deepspeed: ``zero1``, ``zero2``, ``zero3``, ``zero3_offload``, or the path of another DeepSpeed configuration.
