@@ -11,7 +11,7 @@ import torch
 from moelora import __version__
 from moelora.ops import cpu, cuda
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "deepspeed", "datasets")
+PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "deepspeed", "bitsandbytes", "datasets")
 
 
 def environment() -> dict[str, Any]:
