@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
@@ -202,17 +203,23 @@ def _read_file(folder: Path, name: str, manifest: Manifest, root: Path | None) -
 
 def write_file(path: Path, content: dict[str, Tensor] | str) -> str:
     """Write tensors or text so that the file is there whole or not at all; gives its sha256. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    if isinstance(content, str):
-        partial.write_text(content, encoding="utf-8")
-    else:
-        try:
-            save_file({key: value.contiguous() for key, value in content.items()}, partial, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, among others
-            raise OSError(str(error)) from error
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
-    digest = sha256_of(partial.parent, partial.name, limit=None)
-    os.replace(partial, path)
+    partial = path.with_name(f".{path.name}.partial")  # a folder, since safetensors puts a file of its own beside it
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        file = partial / path.name
+        if isinstance(content, str):
+            file.write_text(content, encoding="utf-8")
+        else:
+            tensors = {key: value.contiguous() for key, value in content.items()}
+            try:
+                save_file(tensors, file, metadata={"format": "pt"})
+            except SafetensorError as error:  # a full disk, among others
+                raise OSError(str(error)) from error
+        with open(file, "rb+") as written:
+            os.fsync(written.fileno())
+        digest = sha256_of(partial, path.name, limit=None)
+        os.replace(file, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return digest

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moelora.core.errors import AdapterError, OutputError
+from moelora.io import folder as writing
 from moelora.io.folder import (
     FORMAT,
     MANIFEST,
@@ -134,6 +137,29 @@ def test_an_interrupted_write_leaves_no_new_manifest(folder: Path, monkeypatch: 
         write_folder(folder, {**HEAD, "moelora": "1"}, {"router.safetensors": {"a": torch.zeros(1)}})
     assert (folder / MANIFEST).read_text() == before
     assert torch.equal(read_tensors(folder, read_manifest(folder))["router.safetensors"]["a"], TENSORS["a"])
+    assert not list(folder.rglob(".*")), "nothing half-written is left"
+
+
+def test_what_a_killed_writer_left_goes_with_the_next(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def half(tensors: Any, path: Path, **_: Any) -> None:
+        path.with_name(".tmpZq3xYw").write_text("safetensors' own name for a file that is being written")
+        killed()
+
+    for place, name, call in ((writing, "save_file", half), (os, "replace", killed), (shutil, "rmtree", killed)):
+        child = os.fork()
+        if child == 0:
+            try:
+                monkeypatch.setattr(place, name, call)
+                write_folder(folder, HEAD, {"router.safetensors": TENSORS})
+            finally:
+                os._exit(0)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert [path.name for path in folder.glob(".*")] == [".router.safetensors.partial"]
+    write_folder(folder, HEAD, {"router.safetensors": TENSORS})
+    assert not list(folder.rglob(".*"))
 
 
 def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
