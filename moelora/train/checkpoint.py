@@ -74,7 +74,7 @@ def write_checkpoint(
     if bad is not None:
         raise OutputError(
             f"{folder}: not written, for {bad} holds a number that is not finite; go on from an older checkpoint with "
-            f"a lower learning rate{_newest_is(out)}"
+            f"a lower learning rate{newest_is(out)}"
         )
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -94,7 +94,7 @@ def write_checkpoint(
     except (OSError, MoeloraError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         why = error.strerror or error if isinstance(error, OSError) else error
-        raise OutputError(f"{folder}: cannot write the checkpoint: {why}{_newest_is(out)}") from error
+        raise OutputError(f"{folder}: cannot write the checkpoint: {why}{newest_is(out)}") from error
     return folder
 
 
@@ -210,7 +210,8 @@ def _numbered(out: Path) -> Iterator[int]:
             yield int(number)
 
 
-def _newest_is(out: Path) -> str:
+def newest_is(out: Path) -> str:
+    """What an error says at its end about the checkpoints that are there."""
     folders = (checkpoint_folder(out, step) for step in sorted(_numbered(out), reverse=True))
     found = next((folder for folder in folders if not fault(folder)), None)
     return "; no older checkpoint is there" if found is None else f"; the newest is {found}"

@@ -36,7 +36,7 @@ from moelora.train.checkpoint import (
     write_checkpoint,
 )
 from moelora.train.engine import Engine
-from moelora.train.guard import Guard, Stop, heeding
+from moelora.train.guard import Guard, Stop, heeding, naming_dead_workers
 from moelora.train.processes import agreed
 from moelora.train.stepping import Stepping
 
@@ -92,7 +92,7 @@ class DurableTrainer(SFTTrainer):
 
     def train_guarded(self, checkpoint: str | None) -> None:
         """``train``; after SIGTERM it ends with the step under way, a checkpoint, and SystemExit 143."""
-        with heeding() as stop:
+        with heeding() as stop, naming_dead_workers(self.out):
             self.stop = stop
             self.train(resume_from_checkpoint=checkpoint)
         if self.guard is not None and self.guard.stop:
@@ -100,6 +100,12 @@ class DurableTrainer(SFTTrainer):
                 folder = checkpoint_folder(self.out, self.state.global_step)
                 print(f"ended by SIGTERM; {folder} is complete, and --resume goes on from it", file=sys.stderr)
             raise SystemExit(128 + signal.SIGTERM)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers looks whether it is done after a step, so a run killed after its last one would take another."""
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        self.control.should_training_stop = True
 
     def begin_step(self) -> None:
         """Before the first micro-batch of a step."""
@@ -143,6 +149,7 @@ class DurableTrainer(SFTTrainer):
                 order = "rows will be seen in another order (per device x accumulated x processes is a step's rows)"
                 print(f"{folder}: {there} rows to a step there, {here} here: {order}", file=sys.stderr)
             self._resume_schedule(training.scheduler)
+            self.state.compute_steps(self.args, max_steps)  # save, evaluate and log as often as is asked for now
         return prepared
 
     def _global_batch(self) -> int:

@@ -1,4 +1,5 @@
-"""What stands between backward and step: no step from numbers that are not finite, and an orderly end on SIGTERM.
+"""What stands between backward and step: no step from numbers that are not finite, and an orderly end on SIGTERM or
+when a data-loader worker dies.
 
 All processes decide together, by one small reduction per step: what one of them sees, none of them steps on.
 """
@@ -8,9 +9,11 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from tqdm.auto import tqdm
 from moelora.core.errors import MoeloraError
 from moelora.model.record import main_process, routed_layers
 from moelora.model.routed import collect
+from moelora.train.checkpoint import newest_is
 from moelora.train.engine import Engine
 from moelora.train.processes import any_of, together
 
@@ -138,3 +142,24 @@ def heeding() -> Iterator[Stop]:
         yield stop
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def naming_dead_workers(out: Path) -> Iterator[None]:
+    """Inside, a data-loader worker that was killed is a MoeloraError with the checkpoint to go on from."""
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:
+        if not _of_dead_worker(error):
+            raise
+        raise MoeloraError(
+            f"a data-loader worker was killed ({str(error).strip()}); with too little memory, set "
+            f"training.dataloader_num_workers lower; --resume goes on{newest_is(out)}"
+        ) from error
+
+
+def _of_dead_worker(error: Exception) -> bool:
+    """torch says so when it sees the end of the worker first; else a batch breaks off while it is taken over."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker (pid")
+    return any(frame.name == "_try_get_data" for frame in traceback.extract_tb(error.__traceback__))

@@ -124,8 +124,9 @@ def launch(arguments: list[str], processes: int) -> int:
         try:
             elastic_launch(config, sys.executable)("-m", "moelora", *arguments)
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            return _explained(rank, failure.exitcode, Path(logs))
+            # One that says what is wrong (exit code 2) before those that only lost it.
+            first = min(error.failures.items(), key=lambda item: (item[1].exitcode != 2, item[1].timestamp))
+            return _explained(first[0], first[1].exitcode, Path(logs))
         except SignalException as error:
             return 128 + int(error.sigval)
     return 0

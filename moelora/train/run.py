@@ -23,6 +23,7 @@ from moelora.core.methods import Methods
 from moelora.data.load import Task, load_tasks
 from moelora.data.mixture import mix
 from moelora.data.prompts import as_trl, uses_chat
+from moelora.io.folder import write_file
 from moelora.model.adapt import adapt, parameter_counts
 from moelora.model.base import TINY, base_source
 from moelora.model.quantised import steady
@@ -31,6 +32,7 @@ from moelora.model.routed import disabled
 from moelora.model.write import write
 from moelora.recipe import Recipe, deepspeed_options
 from moelora.train.checkpoint import newest
+from moelora.train.guard import naming_dead_workers
 from moelora.train.processes import agreed, join
 from moelora.train.report import write_report
 from moelora.train.trainer import MoeLoraTrainer
@@ -79,9 +81,7 @@ def train(
     recipe = recipe.model_copy(update={"adapter": adaptation(model).config})  # hub ids are pinned now
     _check_tasks(model, tasks)
 
-    if main_process():
-        out.mkdir(parents=True, exist_ok=True)
-        (out / RECIPE).write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False), encoding="utf-8")
+    agreed(lambda: _begin(out, recipe))
     trainer = build_trainer(recipe, model, tokenizer, tasks, rows, held_out, plugins)
     base = None
     if evaluate_base and held_out is not None:
@@ -91,7 +91,8 @@ def train(
     trainer.train_guarded(checkpoint)
     seconds = time.perf_counter() - began
     write(model, out)  # before anything else can go wrong
-    metrics = trainer.evaluate() if held_out is not None else {}
+    with naming_dead_workers(out):
+        metrics = trainer.evaluate() if held_out is not None else {}
 
     trainable, total = parameter_counts(model)
     summary = {
@@ -107,9 +108,10 @@ def train(
     routing = trainer.routing.to_json() if trainer.routing is not None else {}
     result = Result(out.name, out, model, tokenizer, summary, routing, trainer.state.log_history, base)
     if main_process():
-        for name, content in ((SUMMARY, summary), (ROUTING, routing), (HISTORY, result.history)):
-            (out / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        write_report(out / "report.html", [result], (out / RECIPE).read_text(encoding="utf-8"), base)
+        with _using(out):
+            for name, content in ((SUMMARY, summary), (ROUTING, routing), (HISTORY, result.history)):
+                (out / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            write_report(out / "report.html", [result], (out / RECIPE).read_text(encoding="utf-8"), base)
     return result
 
 
@@ -204,25 +206,45 @@ def task_metrics(metrics: dict[str, float], tasks: list[str], prefix: str = "eva
 
 def _checkpoint(out: Path, resume: bool) -> str | None:
     """The checkpoint to resume from. Raises OutputError when the folder is not one this run may write to."""
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"training.output_dir {out}: a file; expected a folder")
-    if not out.is_dir() or not any(out.iterdir()):
-        if resume:
-            raise OutputError(f"training.output_dir {out}: nothing to resume; run without --resume first")
-        return None
-    if not (out / RECIPE).is_file():
-        names = ", ".join(sorted(path.name for path in out.iterdir())[:5])
-        raise OutputError(f"training.output_dir {out}: holds files that no run wrote ({names}); choose another folder")
-    if not resume:
-        raise OutputError(
-            f"training.output_dir {out}: holds a run already; add --resume to go on from its last checkpoint, or "
-            "choose another folder (training.output_dir=...)"
-        )
-    complete = newest(out)
+    with _using(out):
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"training.output_dir {out}: a file; expected a folder")
+        names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+        if names in ([], [f".{RECIPE}.partial"]):  # a run that was killed as it began leaves the second
+            if resume:
+                raise OutputError(f"training.output_dir {out}: nothing to resume; run without --resume first")
+            return None
+        if RECIPE not in names:
+            raise OutputError(
+                f"training.output_dir {out}: holds files that no run wrote ({', '.join(names[:5])}); choose another "
+                "folder"
+            )
+        if not resume:
+            raise OutputError(
+                f"training.output_dir {out}: holds a run already; add --resume to go on from its last checkpoint, or "
+                "choose another folder (training.output_dir=...)"
+            )
+        complete = newest(out)
     if complete is None:
         print(f"{out}: no complete checkpoint yet, starting from the beginning")
         return None
     return str(complete)
+
+
+def _begin(out: Path, recipe: Recipe) -> None:
+    """Write the recipe, whole or not at all. Raises OutputError where the run could not write its results either."""
+    with _using(out):
+        write_file(out / RECIPE, yaml.safe_dump(recipe.model_dump(), sort_keys=False))
+
+
+@contextmanager
+def _using(out: Path) -> Iterator[None]:
+    """Inside, what the disk refuses is an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise OutputError(f"training.output_dir {out}: cannot be used: {why}; choose another folder") from error
 
 
 def _check_tasks(model: PreTrainedModel, tasks: list[Task]) -> None:

@@ -10,6 +10,7 @@ import resource
 import select
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -233,7 +234,7 @@ def breaking(call: Callable[..., Any], at: int, error: Exception) -> tuple[Calla
 
 def failing_writes(kind: str, code: int) -> Iterator[tuple[Any, str, Callable[..., Any], Exception]]:
     text = os.strerror(code)
-    place, name = {"save_file": (writing, "save_file")}.get(kind, (os, kind))
+    place, name = {"save_file": (writing, "save_file"), "mkdir": (Path, "mkdir")}.get(kind, (os, kind))
     errors: list[Exception] = [OSError(code, text)]
     if kind == "save_file":
         errors.append(SafetensorError(f"Error while serializing: I/O error: {text} (os error {code})"))
@@ -241,8 +242,8 @@ def failing_writes(kind: str, code: int) -> Iterator[tuple[Any, str, Callable[..
         yield place, name, getattr(place, name), error
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["ENOSPC", "EIO"])
-@pytest.mark.parametrize("kind", ["fsync", "replace", "save_file", "rename"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS], ids=["ENOSPC", "EIO", "EROFS"])
+@pytest.mark.parametrize("kind", ["mkdir", "fsync", "replace", "save_file", "rename"])
 def test_a_write_that_fails_anywhere_leaves_the_older_checkpoint(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, code: int
 ) -> None:
@@ -278,7 +279,7 @@ def test_a_write_that_fails_anywhere_leaves_the_older_checkpoint(
         assert selected == older or kind == "fsync", "nothing but the last sync comes after the rename"
         shutil.rmtree(tmp_path / "checkpoint-2")
         places += at
-    assert places >= {"fsync": 10, "replace": 8, "save_file": 8, "rename": 1}[kind]
+    assert places >= {"mkdir": 8, "fsync": 10, "replace": 8, "save_file": 8, "rename": 1}[kind]
     assert fault(older) == ""
 
 
@@ -326,16 +327,35 @@ def test_a_folder_that_cannot_be_made_is_an_output_error(run: Run, tmp_path: Pat
     assert (tmp_path / "file").read_text() == "no folder"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_read_only_folder_is_an_output_error(run: Run, tmp_path: Path) -> None:
-    older = run.save(tmp_path, 1)
-    tmp_path.chmod(0o555)
-    try:
-        with pytest.raises(OutputError, match="Permission denied; the newest is"):
-            run.save(tmp_path, 2)
-        assert newest(tmp_path) == older
-    finally:
-        tmp_path.chmod(0o755)
+def test_a_read_only_folder_is_an_output_error(run: Run) -> None:
+    with tempfile.TemporaryDirectory() as made:  # pytest's folders are for their owner alone
+        out, nobody = Path(made), 65534
+        older = run.save(out, 1)
+        if os.geteuid() == 0:
+            for path in [out, *out.rglob("*")]:
+                os.chown(path, nobody, nobody)
+        out.chmod(0o555)
+
+        def body(pipe: int) -> None:
+            if os.geteuid() == 0:  # whom no permission binds
+                os.setgroups([])
+                os.setgid(nobody)
+                os.setuid(nobody)
+            try:
+                run.save(out, 2)
+            except OutputError as error:
+                os.write(pipe, f"{error}\n".encode())
+
+        child, pipe = forked(body)
+        os.waitpid(child, 0)
+        found = lines(pipe)
+        os.close(pipe)
+        assert found == [
+            f"{out / 'checkpoint-2'}: cannot write the checkpoint: Permission denied; the newest is {older}"
+        ]
+        assert names(out) == {"checkpoint-1"}
+        assert newest(out) == older
+        out.chmod(0o755)
 
 
 def test_the_error_names_the_newest_checkpoint_that_is_good(

@@ -1,23 +1,31 @@
-"""What goes wrong in a run, on one process and on many: numbers that are not finite, SIGTERM, a killed process."""
+"""What goes wrong in a run, on one process and on many: numbers that are not finite, SIGTERM, a killed process, a
+killed data-loader worker, a folder that becomes read-only."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader, Dataset
 
-from moelora.core.errors import ConfigError, MoeloraError
+from moelora.core.errors import ConfigError, MoeloraError, OutputError
 from moelora.recipe import read_recipe
 from moelora.train import run as running
+from moelora.train.checkpoint import newest
+from moelora.train.guard import naming_dead_workers
 from tests.train.test_world import adapter, losses
 from tests.train.world import ENGINES, FAST, prepare, run
 
@@ -62,7 +70,7 @@ def test_all_processes_skip_together(spoiled: Path, engine: str) -> None:
     assert found == pytest.approx(expected, rel=2e-5)
 
 
-def local(tmp_path: Path, case: dict[str, Any], *overrides: str) -> Any:
+def local(tmp_path: Path, case: dict[str, Any], *overrides: str, resume: bool = False) -> Any:
     """A run of one process, in this one."""
     given = [*FAST, "training.per_device_train_batch_size=4", f"training.output_dir={tmp_path / 'run'}", *overrides]
     recipe = read_recipe("smora", given)
@@ -75,7 +83,7 @@ def local(tmp_path: Path, case: dict[str, Any], *overrides: str) -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(running, "build_trainer", built)
-        return running.train(recipe)
+        return running.train(recipe, resume=resume)
 
 
 def test_too_many_in_a_row_end_the_run_and_name_layer_and_task(
@@ -111,6 +119,11 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
+def children(process: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True)
+    return [int(line) for line in found.stdout.split()]
+
+
 @pytest.mark.parametrize("engine", ["none", "zero2"])
 def test_sigterm_ends_with_a_checkpoint_that_resumes(tmp_path: Path, engine: str) -> None:
     out = tmp_path / "run"
@@ -139,14 +152,132 @@ def test_a_killed_process_ends_the_others(tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = subprocess.Popen(command(out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(out / "checkpoint-5", process)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    assert len(children) == 2
-    os.kill(int(children[1]), signal.SIGKILL)
+    assert len(children(process.pid)) == 2
+    os.kill(children(process.pid)[1], signal.SIGKILL)
     _, shown = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "process 1 was ended by SIGKILL, and the others with it; --resume goes on" in shown, shown
-    left = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    assert left == []
+    assert children(process.pid) == []
+
+
+SAVED = ["training.max_steps=5", "training.save_strategy=steps", "training.save_steps=1"]
+WORKER = "training.dataloader_num_workers=1"
+
+
+def test_a_killed_data_loader_worker_ends_the_run_and_it_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(
+        MoeloraError, match=r"data-loader worker was killed \(.*--resume goes on; the newest is"
+    ) as ended:
+        local(tmp_path, {"kill_worker": 3}, WORKER, *SAVED)
+    assert str(ended.value).endswith(str(out / "checkpoint-2"))
+    assert newest(out) == out / "checkpoint-2"
+    local(tmp_path, {}, WORKER, *SAVED, resume=True)
+    local(tmp_path / "whole", {}, *SAVED)
+    expected, found = adapter(tmp_path / "whole" / "run"), adapter(out)
+    assert [key for key, value in expected.items() if not torch.equal(found[key], value)] == []
+
+
+class Rows(Dataset[int]):
+    """Rows of which the fifth does something to the worker that reads it."""
+
+    def __init__(self, fifth: Any) -> None:
+        self.fifth = fifth
+
+    def __len__(self) -> int:
+        return 99
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index == 5:
+            self.fifth()
+        return torch.tensor(index)
+
+
+def killed_worker() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def read(rows: Rows, out: Path) -> None:
+    with naming_dead_workers(out):
+        list(DataLoader(rows, batch_size=1, num_workers=1))
+
+
+def test_a_killed_worker_is_named_where_its_signal_is_not_heeded(tmp_path: Path) -> None:
+    read(Rows(int), tmp_path)  # torch heeds it from now on
+    heeded = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        with pytest.raises(MoeloraError, match="a data-loader worker was killed"):
+            read(Rows(killed_worker), tmp_path)
+    finally:
+        signal.signal(signal.SIGCHLD, heeded)
+
+
+def test_a_killed_worker_is_named_where_its_batch_breaks_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    get, here, calls = Queue.get, os.getpid(), itertools.count()
+
+    def broken(*args: Any, **options: Any) -> Any:
+        if os.getpid() == here and next(calls) == 2:
+            raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+        return get(*args, **options)
+
+    monkeypatch.setattr(Queue, "get", broken)
+    with pytest.raises(MoeloraError, match=r"worker was killed \(.*Connection reset by peer\)"):
+        read(Rows(int), tmp_path)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, FileNotFoundError, EOFError])
+def test_what_goes_wrong_inside_a_worker_stays_what_it_is(tmp_path: Path, kind: type[Exception]) -> None:
+    def fifth() -> None:
+        raise kind("no such row")
+
+    with pytest.raises(kind, match=rf"Caught {kind.__name__} in DataLoader worker.*\n[^$]*no such row"):
+        read(Rows(fifth), tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("engine", ["none", "zero2"])
+def test_a_killed_worker_of_one_process_ends_all_with_its_message(tmp_path: Path, engine: str, rank: int) -> None:
+    out = tmp_path / "run"
+    given = [*command(out, WORKER, "data.max_rows=60"), *([] if engine == "none" else [f"deepspeed={engine}"])]
+    process = subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(out / "checkpoint-5", process)
+    trainer, killed = children(process.pid)[rank], False
+    while not killed and process.poll() is None:  # between two epochs there is none
+        with contextlib.suppress(IndexError, ProcessLookupError):
+            os.kill(children(trainer)[0], signal.SIGKILL)
+            killed = True
+    _, shown = process.communicate(timeout=120)
+    assert process.returncode == 2, shown
+    assert shown.count("a data-loader worker was killed") == 1 and "; the newest is" in shown
+    selected = newest(out)
+    assert selected is not None
+    last = int(selected.name.rpartition("-")[2])
+    done = subprocess.run(
+        [*given, f"training.max_steps={last + 2}", "--resume"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "summary.json").read_text())["steps"] == last + 2
+
+
+def test_a_folder_that_becomes_read_only_ends_the_run_with_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, mkdir = tmp_path / "run", Path.mkdir
+
+    def refused(path: Path, *args: Any, **options: Any) -> None:
+        if path.name == ".checkpoint-3.partial":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        mkdir(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refused)
+        with pytest.raises(OutputError) as ended:
+            local(tmp_path, {}, *SAVED)
+    found = f"cannot write the checkpoint: Read-only file system; the newest is {out / 'checkpoint-2'}"
+    assert str(ended.value) == f"{out / 'checkpoint-3'}: {found}"
+    assert newest(out) == out / "checkpoint-2"
+    assert local(tmp_path, {}, *SAVED, resume=True).summary["steps"] == 5
 
 
 def test_a_user_s_mistake_is_one_message_of_many_processes(tmp_path: Path) -> None:
@@ -156,6 +287,14 @@ def test_a_user_s_mistake_is_one_message_of_many_processes(tmp_path: Path) -> No
     done = subprocess.run(command(out), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.count("holds files that no run wrote") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.full
+def test_a_folder_that_cannot_be_made_is_one_message_of_many_processes(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    done = subprocess.run(command(tmp_path / "notes.txt" / "run"), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("notes.txt/run: cannot be used: Not a directory") == 1 and "Traceback" not in done.stderr
 
 
 def test_an_unknown_deepspeed_configuration_is_refused(tmp_path: Path) -> None:

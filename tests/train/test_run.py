@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -125,6 +127,28 @@ def test_interrupted_runs_resume_from_the_newest_complete_checkpoint(tmp_path: P
     assert min(logged) > 4
 
 
+def test_a_resumed_run_saves_as_often_as_it_is_told_now(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    steps = [*FAST, "training.eval_strategy=no", "training.save_total_limit=9", f"training.output_dir={out}"]
+    train(read_recipe("single", [*steps, "training.save_steps=2", "training.max_steps=2"]))
+    train(read_recipe("single", [*steps, "training.save_steps=3", "training.max_steps=7"]), resume=True)
+    assert {path.name for path in out.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (2, 3, 6, 7)}
+
+
+def test_a_run_that_was_killed_after_its_last_step_takes_no_other(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    steps = ["training.max_steps=3", "training.save_steps=1", "training.eval_strategy=no"]
+    recipe = read_recipe("single", [*FAST, *steps, f"training.output_dir={out}"])
+    train(recipe)
+    trained = {path: path.read_bytes() for path in out.glob("experts/*/*")}
+    (out / "summary.json").unlink()
+    (out / "moelora.json").unlink()
+    resumed = train(recipe, resume=True)
+    assert resumed.summary["steps"] == 3 and (out / "moelora.json").is_file()
+    assert {path: path.read_bytes() for path in out.glob("experts/*/*")} == trained
+    assert not (out / "checkpoint-4").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -153,6 +177,71 @@ def test_someone_else_s_folder_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def untrained(*_: object) -> None:
+    raise AssertionError("training began")
+
+
+def refused(path: Path, *_: object, **__: object) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moelora.train.trainer.MoeLoraTrainer.train_guarded", untrained)
+    (tmp_path / "file").write_text("mine")
+    below = tmp_path / "file" / "run"
+    with pytest.raises(OutputError, match=rf"^training.output_dir {below}: cannot be used: Not a directory; choose"):
+        train(read_recipe("single", [*FAST, f"training.output_dir={below}"]))
+    assert (tmp_path / "file").read_text() == "mine"
+    monkeypatch.setattr(Path, "mkdir", refused)
+    out = tmp_path / "run"
+    with pytest.raises(
+        OutputError, match=rf"^training.output_dir {out}: cannot be used: Read-only file system; choose"
+    ):
+        train(read_recipe("single", [*FAST, f"training.output_dir={out}"]))
+
+
+def test_a_folder_that_is_read_only_by_now_is_an_error_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    recipe = read_recipe("single", [*FAST, "training.max_steps=1", f"training.output_dir={out}"])
+    train(recipe)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setattr("moelora.train.trainer.MoeLoraTrainer.train_guarded", untrained)
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(
+        OutputError, match=rf"^training.output_dir {out}: cannot be used: Read-only file system; choose"
+    ):
+        train(recipe, resume=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_disk_that_is_full_at_the_end_does_not_lose_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("moelora.train.run.write_report", full)
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match=rf"{out}: cannot be used: No space left on device"):
+        train(read_recipe("single", [*FAST, "training.max_steps=1", f"training.output_dir={out}"]))
+    moelora.load(load_base(read_recipe("single"))[0], out)
+
+
+def test_a_run_that_was_killed_as_it_began_is_begun_again(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / ".recipe.yaml.partial").mkdir(parents=True)
+    (out / ".recipe.yaml.partial" / "recipe.yaml").write_text("base_model: moe")
+    recipe = read_recipe("single", [*FAST, "training.max_steps=1", f"training.output_dir={out}"])
+    with pytest.raises(OutputError, match="nothing to resume; run without --resume first"):
+        train(recipe, resume=True)
+    assert train(recipe).summary["steps"] == 1
+    assert not (out / ".recipe.yaml.partial").exists()
+
+
 def test_skipped_rows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = '{"question": "q", "answer": "a"}\n' * 8 + '{"question": "q", "answer": ""}\n'
     (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
@@ -178,6 +267,19 @@ def test_the_tiny_base_is_small_and_knows_its_template() -> None:
     )
     assert text == "<|user|>hi<|end|><|assistant|>"
     assert isinstance(moelora.__version__, str)
+
+
+def test_a_worker_that_is_killed_in_the_last_evaluation_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr("moelora.train.trainer.MoeLoraTrainer.evaluate", killed)
+    out = tmp_path / "out"
+    steps = ["training.max_steps=1", "training.save_strategy=steps", "training.save_steps=1"]
+    with pytest.raises(MoeloraError, match=r"worker was killed .*the newest is .*checkpoint-1"):
+        train(read_recipe("single", [*FAST, *steps, "training.eval_strategy=no", f"training.output_dir={out}"]))
 
 
 def test_a_failing_evaluation_does_not_lose_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

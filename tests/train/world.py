@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 -m tests.train.world ENGINE CASES.json
 
-ENGINE is one of ``ENGINES``. CASES.json: a list of {"recipe", "overrides", "out", "resume", "fault"}. Every process
+ENGINE is one of ``ENGINES``. CASES.json: a list of {"recipe", "overrides", "rows", "out", "resume", "fault"}; rows are
+those of a micro-batch, of which as many are accumulated as make a global batch. Every process
 writes ``rank-N.json`` into a case's folder: a hash of all that is trained or counted, as this process has it.
 """
 
@@ -10,10 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from transformers import TrainerCallback
 
 ENGINES = {"one": 1, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2}
 """Engines and how many processes they are tested with."""
@@ -60,11 +65,12 @@ def main(engine: str, cases: list[dict[str, Any]]) -> None:
     from moelora.train.processes import end
 
     for case in cases:
-        out, accumulation = Path(case["out"]), case.get("accumulation", 1)
+        out, share = Path(case["out"]), GLOBAL_BATCH // case["processes"]
+        rows = case.get("rows", share)
         overrides = [
             *FAST,
-            f"training.per_device_train_batch_size={GLOBAL_BATCH // case['processes'] // accumulation}",
-            f"training.gradient_accumulation_steps={accumulation}",
+            f"training.per_device_train_batch_size={rows}",
+            f"training.gradient_accumulation_steps={share // rows}",
             f"training.output_dir={out}",
             *([f"deepspeed={engine}"] if engine.startswith("zero") else []),
             *case.get("overrides", []),
@@ -107,6 +113,21 @@ def prepare(trainer: Any, case: dict[str, Any]) -> None:
             return output * float("nan") if here and trainer.is_in_train else output
 
         layer.register_forward_hook(spoil)
+    if "kill_worker" in case:
+        trainer.add_callback(KillWorker(case["kill_worker"]))
+
+
+class KillWorker(TrainerCallback):
+    """Kills a data-loader worker as a step begins, and waits until it is dead."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if state.global_step + 1 == self.step:
+            (worker,) = multiprocessing.active_children()
+            worker.kill()
+            os.waitid(os.P_PID, worker.pid or 0, os.WEXITED | os.WNOWAIT)
 
 
 if __name__ == "__main__":
