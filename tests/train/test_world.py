@@ -26,15 +26,18 @@ CASES: dict[str, dict[str, Any]] = {
     "comol": {"recipe": "comol", "overrides": ANSWERED},
     "xlora": {"recipe": "xlora", "overrides": [*ANSWERED, "adapter.router.xlora_dropout_p=0"]},
     "task": {"recipe": "task", "overrides": ["data.temperature=1"]},
-    "accumulated": {"recipe": "meteora", "accumulation": 2},
+    "accumulated": {"recipe": "meteora", "rows": 1},
     "rescaled": {"recipe": "smora", "transform": "rescale", "overrides": ["training.max_grad_norm=0.05"]},
 }
+
+
+FEW = 6
 
 
 @pytest.fixture(scope="module")
 def steps(request: pytest.FixtureRequest) -> int:
     """Few, or as many as the whole form asks for (``make test-full``)."""
-    return 6 if request.config.getoption("markexpr") == "not full" else 20
+    return FEW if request.config.getoption("markexpr") == "not full" else 20
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +50,6 @@ def world(tmp_path_factory: pytest.TempPathFactory, steps: int) -> Path:
             saved = ["training.save_strategy=steps", f"training.save_steps={steps // 2}"]
             overrides = [*case.get("overrides", []), f"training.max_steps={steps}", *saved]
             cases.append({**case, "overrides": overrides, "out": str(folder / engine / name)})
-            if engine == "one" and case.get("accumulation") == 2:
-                cases[-1]["accumulation"] = 4  # as many micro-batches, each as large
         run(engine, cases, folder)
     return folder
 
@@ -102,33 +103,32 @@ def test_all_processes_have_the_same_experts_and_biases(world: Path, engine: str
 ELASTIC = {"one": "zero3", "ddp": "one", "zero1": "ddp", "zero2": "one", "zero3": "zero2"}
 """Whose checkpoint each engine goes on from, too."""
 RESUMED = ["smora", "lora_mixer", "xlora", "rescaled"]
+"""Of these in the fast form; the whole form resumes all."""
+EVERY = [name if name in RESUMED else pytest.param(name, marks=pytest.mark.full) for name in CASES]
 
 
 @pytest.fixture(scope="module")
 def resumed(world: Path, steps: int) -> Path:
     """Cases on all engines from the checkpoints half way: of the same engine, and of another."""
-    folder = world / "resumed"
+    folder, names = world / "resumed", RESUMED if steps == FEW else CASES
     for engine in ENGINES:
-        cases = [
-            rest(world / source / name, folder / engine / source / name, steps)
-            for source in (engine, ELASTIC[engine])
-            for name in RESUMED
-        ]
-        run(engine, cases, folder)
+        sources = [world / source / name for source in (engine, ELASTIC[engine]) for name in names]
+        cases = [rest(source, folder / engine / source.parent.name / source.name, steps) for source in sources]
+        run(engine, cases, folder, timeout=280 if names == RESUMED else 900)
     return folder
 
 
-def rest(source: Path, out: Path, steps: int) -> dict[str, Any]:
-    """A case that goes on from the checkpoint half way of ``source``."""
-    case = CASES[source.name]
+def rest(source: Path, out: Path, steps: int, after: int | None = None) -> dict[str, Any]:
+    """A case that goes on from a checkpoint of ``source``, the one half way unless ``after`` is given."""
+    case, checkpoint = CASES[source.name], f"checkpoint-{after or steps // 2}"
     out.mkdir(parents=True)
-    shutil.copytree(source / f"checkpoint-{steps // 2}", out / f"checkpoint-{steps // 2}")
+    shutil.copytree(source / checkpoint, out / checkpoint)
     shutil.copy(source / "recipe.yaml", out)
     overrides = [*case.get("overrides", []), f"training.max_steps={steps}"]
     return {**case, "overrides": overrides, "out": str(out), "resume": True}
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_half_a_run_and_the_rest_are_the_whole_run_bit_for_bit(
     world: Path, resumed: Path, engine: str, name: str
@@ -140,7 +140,7 @@ def test_half_a_run_and_the_rest_are_the_whole_run_bit_for_bit(
     assert [key for key, value in expected.items() if not torch.equal(found[key], value)] == []
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_goes_on_from_the_checkpoint_of_another_engine(
     world: Path, resumed: Path, steps: int, engine: str, name: str
@@ -158,16 +158,25 @@ def same(found: Path, source: Path) -> None:
         torch.testing.assert_close(there[key], value, rtol=2e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
 
 
+@pytest.fixture(scope="module", params=[engine for engine in ENGINES if engine != "one"])
+def fours(request: pytest.FixtureRequest, world: Path, steps: int) -> Path:
+    """All cases on four processes of an engine, from the checkpoints half way of one and of two; and on one and on two,
+    from what four saved three quarters of the way."""
+    engine, late = request.param, steps * 3 // 4
+    folder = world / "fours" / engine
+    saved = ["training.save_strategy=steps", f"training.save_steps={late}"]
+    for other, count in (("one", "one"), (engine, "two")):
+        cases = [rest(world / other / name, folder / f"from-{count}" / name, steps) for name in CASES]
+        cases = [{**case, "overrides": [*case["overrides"], *saved]} for case in cases]
+        run(engine, cases, folder, processes=4, timeout=900)
+    for other, count in (("one", "one"), (engine, "two")):
+        cases = [rest(folder / "from-one" / name, folder / f"to-{count}" / name, steps, late) for name in CASES]
+        run(other, cases, folder, timeout=900)
+    return folder
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
-def test_four_processes_go_on_from_one_and_one_from_four(world: Path, steps: int, engine: str) -> None:
-    folder = world / "four" / engine
-    case = rest(world / "one" / "smora", folder / "four" / "smora", steps)
-    case["overrides"] += ["training.save_strategy=steps", f"training.save_steps={steps // 2}"]
-    run(engine, [case], folder, processes=4)
-    same(folder / "four" / "smora", world / "one" / "smora")
-    whole = {"recipe": "smora", "out": str(folder / "whole" / "smora")}
-    saved = [f"training.max_steps={steps}", "training.save_strategy=steps", f"training.save_steps={steps // 2}"]
-    run(engine, [{**whole, "overrides": saved}], folder, processes=4)
-    run("one", [rest(folder / "whole" / "smora", folder / "one" / "smora", steps)], folder)
-    same(folder / "one" / "smora", folder / "whole" / "smora")
+@pytest.mark.parametrize("name", CASES)
+def test_four_processes_go_on_from_one_and_two_and_these_from_four(world: Path, fours: Path, name: str) -> None:
+    for found in ("from-one", "from-two", "to-one", "to-two"):
+        same(fours / found / name, world / "one" / name)
