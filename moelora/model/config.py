@@ -148,7 +148,8 @@ def resolve(config: AdapterConfig | Mapping[str, Any] | str | Path, methods: Met
             },
         }
     )
-    if experts.adapters and methods.find("init", config.init["name"]).moves:  # type: ignore[attr-defined]
+    init = build_init(filled, methods)
+    if experts.adapters and (init.moves or init.probes is not None):
         raise ConfigError(f"experts.adapters fill A and B, and so would init {config.init['name']}; leave one out")
     blocks = 1 if isinstance(experts.num_experts, int) else len(experts.num_experts)
     sites = [Site(f"{block}.layer", 0, 8, 8, block=block, blocks=blocks, hidden_size=8) for block in range(blocks)]
@@ -203,7 +204,7 @@ def build_sites(
     router_class: type[Router] = methods.find("routers", config.router["name"])
     options = _without(config.router, "name")
     anchored = any(methods.find("losses", name).anchored for name in config.losses)  # type: ignore[attr-defined]
-    moves = methods.find("init", config.init["name"]).moves  # type: ignore[attr-defined]
+    moves = build_init(config, methods).moves
     allocates = config.ranks["name"] != "full"
     met: list[Experts] = []
     for position, site in enumerate(sites):

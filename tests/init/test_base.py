@@ -88,3 +88,24 @@ def test_what_cannot_be_subtracted_is_refused(away: Path) -> None:
         model_with(away, "comol")
     with pytest.raises(ConfigError, match=r"experts.adapters fill A and B, and so would init away"):
         model_with(away, "meteora", experts={"adapters": ["out/none"], "num_experts": 4})
+
+
+STARTS: dict[str, dict[str, Any]] = {"pissa": {}, "olora": {}, "nystrom": {"name": "slora"}}
+"""Initialisers that move, with the experts they are for."""
+
+
+@pytest.mark.parametrize("num_experts", [1, 4])
+@pytest.mark.parametrize("init", STARTS)
+def test_every_moved_start_is_the_base_model(init: str, num_experts: int) -> None:
+    base, router = tiny.llama(), "single" if num_experts == 1 else {"name": "softmax", "top_k": 2, "renorm": False}
+    with torch.no_grad():
+        expected = base.eval()(**tiny.batch()).logits
+    config = {"experts": {"num_experts": num_experts, "r": 4, **STARTS[init]}, "router": router, "init": init}
+    model = tiny.adapt(base, {**config, "target_modules": tiny.TARGETS["llama"]})
+    with torch.no_grad():
+        torch.testing.assert_close(model(**tiny.batch()).logits, expected, rtol=1e-5, atol=2e-5)
+        for layer in routed_layers(model):
+            factors = layer.experts.factors()
+            assert factors.B.abs().sum() > 0
+            layer.experts.lora_B.mul_(1.5)
+        assert not torch.allclose(model(**tiny.batch()).logits, expected, atol=1e-2)
