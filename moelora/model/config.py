@@ -283,10 +283,17 @@ def _refuse_unfit_experts(router: Router, experts: Experts, config: AdapterConfi
     if experts.allocator is not None and any(need not in experts.gives for need in experts.allocator.needs):
         needs = " and ".join(said[need] for need in experts.allocator.needs)
         raise ConfigError(f"ranks {ranks} is for experts with {needs}, not for experts '{config.experts.name}'")
-    if config.experts.train == "middle" and not any(name == "middle" for name, _ in experts.named_parameters()):
+    parts = {"B": ("lora_B", "a lora_B"), "middle": ("middle", "a matrix between A and B (slora, loraxs)")}
+    part = parts.get(config.experts.train)
+    if part is not None and part[0] not in dict(experts.named_parameters()):
         raise ConfigError(
-            f"experts.train: middle is for experts with a matrix between A and B (slora, loraxs); experts "
-            f"'{config.experts.name}' have none"
+            f"experts.train: {config.experts.train} is for experts with {part[1]}; experts '{config.experts.name}' "
+            "have none"
+        )
+    if config.experts.train == "middle" and init == "kaiming" and "lora_B" in dict(experts.named_parameters()):
+        raise ConfigError(
+            "experts.train: middle trains nothing with init kaiming: B starts at zero and stays there, and what is "
+            "before it has no gradient; choose an init that sets B, such as nystrom"
         )
 
 
