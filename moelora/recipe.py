@@ -18,7 +18,7 @@ from moelora.core.methods import Methods
 from moelora.core.validate import Strict, check, nearest
 from moelora.data.config import DataConfig
 from moelora.model.base import TINY
-from moelora.model.config import AdapterConfig, named_method, resolve
+from moelora.model.config import AdapterConfig, build_init, named_method, resolve
 from moelora.model.quantised import Quantization
 from moelora.optim.base import Optim
 
@@ -97,8 +97,9 @@ def check_recipe(content: Mapping[str, Any], where: str = "recipe", plugins: Ite
     """A recipe from a mapping, every method's options and every training argument checked. Raises ConfigError."""
     recipe = check(Recipe, content, where if where == "recipe" else "")
     _check_training(recipe.training)
+    options = {} if recipe.deepspeed is None else deepspeed_options(recipe.deepspeed)
+    stage = options.get("zero_optimization", {}).get("stage")
     if recipe.deepspeed is not None:
-        stage = deepspeed_options(recipe.deepspeed).get("zero_optimization", {}).get("stage")
         if recipe.quantization_config is not None and stage == 3:
             raise ConfigError(
                 "quantization_config: not with ZeRO-3; bitsandbytes keeps every weight that was gathered for the "
@@ -112,7 +113,13 @@ def check_recipe(content: Mapping[str, Any], where: str = "recipe", plugins: Ite
     methods = Methods(plugins)
     optim = methods.check("optim", recipe.optim)
     _check_optim(methods.find("optim", optim["name"]), optim["name"], recipe.training)
-    return recipe.model_copy(update={"adapter": resolve(recipe.adapter, methods), "optim": optim})
+    adapter = resolve(recipe.adapter, methods)
+    if stage == 3 and build_init(adapter, methods).probes is not None:
+        raise ConfigError(
+            f"init {adapter.init['name']} runs the base model before training begins, and ZeRO-3 has taken its weights "
+            "apart by then; use deepspeed: zero2"
+        )
+    return recipe.model_copy(update={"adapter": adapter, "optim": optim})
 
 
 def shipped_recipes() -> dict[str, Path]:

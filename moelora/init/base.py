@@ -20,18 +20,22 @@ class Init(ABC):
         that every expert's update is zero at the start, whatever the gates: s (B A - B0 A0). It needs experts that own
         their A ("own_A"). An option may decide it: ``self.moves = ...`` in ``__init__``.
     probes: what it needs of some batches of data: ``"gradients"`` of the base weights, or layers' ``"inputs"``.
+    batches: how many batches it looks at, at most. tokens: whose inputs it looks at: of all tokens but padding, or of
+        ``"answers"``, those with a label; without labels [B, S] these are all.
     """
 
     moves: bool = False
     probes: ClassVar[Literal["gradients", "inputs"] | None] = None
+    batches: int = 8
+    tokens: Literal["all", "answers"] = "all"
 
     @abstractmethod
     def __call__(self, experts: nn.Module, start: Start) -> None:
         """Set the parameters of ``experts`` in place, under no_grad. Parameters that are no factors are set already."""
 
-    def watch(self) -> tuple[Any, Callable[[Tensor], bool]]:
-        """For ``probes = "inputs"``: what becomes ``Start.seen`` of one site, and what takes in its inputs [T, D] of
-        tokens that are not padding, batch after batch; it says whether it wants more."""
+    def watch(self, experts: nn.Module) -> tuple[Any, Callable[[Tensor], bool]]:
+        """For ``probes = "inputs"``: what becomes ``Start.seen`` of one site, and what takes in its inputs [T, D] batch
+        after batch, and says whether it wants more."""
         raise NotImplementedError(f"{type(self).__name__} probes inputs and does not say how")
 
 
@@ -73,15 +77,16 @@ def shares(init: str, share: Share, experts: Any, many: int, width: int = 1) -> 
     return first + torch.arange(size)
 
 
-def spectrum(matrix: Tensor, many: int, niter: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def spectrum(matrix: Tensor, many: int, niter: int | None = None, spare: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """The leading singular directions of a matrix [O, D]: U [O, many], S [many], V [many, D].
 
-    niter: rounds of a randomised method (Halko et al., arXiv 0909.4061) from a fixed seed; None is exact.
+    niter: rounds of a randomised method (Halko et al., arXiv 0909.4061) from a fixed seed, which looks at ``spare``
+    times as many directions; None is exact.
     """
     if niter is None:
         U, S, V = torch.linalg.svd(matrix, full_matrices=False)
         return U[:, :many], S[:many], V[:many]
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
-        U, S, V = torch.svd_lowrank(matrix, q=many, niter=niter)
-    return U, S, V.t()
+        U, S, V = torch.svd_lowrank(matrix, q=min(many * spare, *matrix.shape), niter=niter)
+    return U[:, :many], S[:many], V.t()[:many]

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from moelora.core.errors import ConfigError
 from moelora.core.methods import Methods
@@ -22,6 +23,7 @@ from moelora.model.ffn import block_layers
 from moelora.model.inputs import two_streams
 from moelora.model.layer import RoutedLinear
 from moelora.model.partition import gathered
+from moelora.model.probe import Batch, Probe, share
 from moelora.model.quantised import form, shape_of, size_of, steady
 from moelora.model.record import Adaptation, main_process, routed_layers
 from moelora.model.routed import RoutedModel, replaying
@@ -38,13 +40,17 @@ def adapt(
     *,
     plugins: Iterable[str | Path] = (),
     verbose: bool = True,
+    batches: Iterable[Batch] | None = None,
+    blank: bool = False,
 ) -> Base:
     """Freeze ``model``, give its target layers experts and routers, and return it: the same object, still its own
     class.
 
     config: an AdapterConfig, a dict, or the path of a YAML file with the same keys. plugins: files with methods of your
-    own. verbose: print what was adapted. New parameters are float32 (float64 in a float64 model) on the device of
-    their layer. Raises ConfigError or TargetError, and then leaves the model as it was.
+    own. verbose: print what was adapted. batches: the model's inputs with labels, for an ``init`` that looks at data;
+    it takes the first few (see ``moelora.model.probe`` for the cost). blank: the experts are filled from a checkpoint
+    afterwards, so no weight is decomposed and no batch looked at. New parameters are float32 (float64 in a float64
+    model) on the device of their layer. Raises ConfigError or TargetError, and then leaves the model as it was.
 
         model = moelora.adapt(model, {"router": {"name": "smora", "top_k": 8}, "experts": {"r": 64}})
     """
@@ -53,10 +59,18 @@ def adapt(
     sources = open_sources(resolved.experts.adapters)
     full = full_modules(model, sources, resolved)
     init = build_init(resolved, methods)
+    if init.probes is not None and batches is None and not blank:
+        raise ConfigError(
+            f"init {resolved.init['name']} looks at data: give moelora.adapt some batches=[...] of the model's inputs, "
+            "with labels; moelora train takes them from the recipe's data"
+        )
 
     def start(layers: dict[str, RoutedLinear]) -> None:
-        for layer in layers.values():
-            begin(layer, init, filled=bool(sources) and is_lora(layer.experts))
+        if blank:
+            for layer in layers.values():
+                _empty(layer)
+        else:
+            _begin_all(model, layers, init, resolved.init["name"], batches, bool(sources))
         if sources:
             fill_experts(model, layers, sources, resolved)
         for layer in layers.values():
@@ -130,8 +144,31 @@ def attach(
     return record
 
 
+def _begin_all(
+    model: nn.Module,
+    layers: dict[str, RoutedLinear],
+    init: Init,
+    name: str,
+    batches: Iterable[Batch] | None,
+    filled: bool,
+) -> None:
+    """Give all experts their first values; those of all processes are the first one's where they are computed."""
+    probe = None if init.probes is None or batches is None else Probe(model, init, name, layers, batches)
+    slow = (init.moves or probe is not None) and len(layers) > 16 and main_process()
+    for layer in tqdm(layers.values(), desc=f"Starting experts ({name})", leave=False, disable=not slow):
+        begin(layer, init, probe, filled and is_lora(layer.experts))
+    if init.moves or probe is not None:
+        share(layers.values())
+
+
 @torch.no_grad()
-def begin(layer: RoutedLinear, init: Init, filled: bool = False) -> None:
+def _empty(layer: RoutedLinear) -> None:
+    for value in layer.experts.state_dict().values():
+        value.zero_()
+
+
+@torch.no_grad()
+def begin(layer: RoutedLinear, init: Init, probe: Probe | None = None, filled: bool = False) -> None:
     """Give a layer's experts their first values. filled: their factors come from elsewhere."""
     base: Any = layer.base_layer
 
@@ -139,7 +176,7 @@ def begin(layer: RoutedLinear, init: Init, filled: bool = False) -> None:
         with gathered([base.weight]):
             return dense_weight(base).clone()
 
-    start = Start(weight)
+    start = Start(weight) if probe is None else probe.start(layer, weight)
     if layer.experts.allocator is not None:
         layer.experts.allocator.begin(start)
     layer.experts.begin(start)

@@ -116,4 +116,4 @@ def _trainable(recipe: Recipe, plugins: Iterable[str | Path]) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     adapter = recipe.adapter.model_copy(update={"experts": recipe.adapter.experts.model_copy(update={"adapters": []})})
-    return parameter_counts(adapt(model, adapter, plugins=plugins, verbose=False))[0]
+    return parameter_counts(adapt(model, adapter, plugins=plugins, verbose=False, blank=True))[0]

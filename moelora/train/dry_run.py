@@ -37,7 +37,7 @@ from moelora.recipe import Recipe, deepspeed_options
 from moelora.train.activations import kept, loss_buffer
 from moelora.train.memory import Part, engine_of, held, standing
 from moelora.train.run import revision_of, sft_config
-from moelora.train.trainer import MoeLoraTrainer
+from moelora.train.trainer import Preparation
 
 UNCOUNTED: Final = "not counted: the CUDA context, communication and kernel workspaces, fragmentation of the allocator"
 
@@ -165,14 +165,6 @@ def _adapted(model: nn.Module, recipe: Recipe, plugins: Iterable[str | Path]) ->
     attach(model, config, methods, start)
 
 
-class _Preparation(MoeLoraTrainer):
-    """The trainer's way from rows to tokens, without a model."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: SFTConfig) -> None:
-        self._tokenizer, self.chat_template = tokenizer, None
-        self.completion_only_loss = arguments.completion_only_loss is not False
-
-
 def _rows(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, arguments: SFTConfig
 ) -> tuple[Dataset, dict[str, dict[str, int]]]:
@@ -180,7 +172,7 @@ def _rows(
     tasks = load_tasks(recipe.data)
     mixed = mix(tasks, recipe.data.temperature, arguments.seed)
     written = as_trl(mixed, uses_chat(tokenizer, recipe.data.chat_template))
-    prepare = _Preparation(tokenizer, arguments)
+    prepare = Preparation(tokenizer, arguments)
     rows = prepare._prepare_dataset(written, tokenizer, arguments, bool(arguments.packing), None, "train")
     if not len(rows):
         raise ConfigError(f"training.max_length {arguments.max_length}: no row has an answer within so many tokens")

@@ -26,6 +26,7 @@ from moelora.data.prompts import as_trl, uses_chat
 from moelora.io.folder import write_file
 from moelora.model.adapt import adapt, parameter_counts
 from moelora.model.base import TINY, base_source
+from moelora.model.config import build_init
 from moelora.model.quantised import steady
 from moelora.model.record import adaptation, main_process
 from moelora.model.routed import disabled
@@ -35,7 +36,7 @@ from moelora.train.checkpoint import newest
 from moelora.train.guard import naming_dead_workers
 from moelora.train.processes import agreed, join
 from moelora.train.report import write_report
-from moelora.train.trainer import MoeLoraTrainer
+from moelora.train.trainer import MoeLoraTrainer, Preparation
 
 RECIPE, SUMMARY, ROUTING, HISTORY = "recipe.yaml", "summary.json", "routing.json", "history.json"
 
@@ -77,7 +78,8 @@ def train(
     chat = uses_chat(tokenizer, recipe.data.chat_template)
     rows = as_trl(mix(tasks, recipe.data.temperature, arguments.seed), chat)
     held_out = eval_rows(tasks, chat)
-    adapt(model, recipe.adapter, plugins=plugins)
+    batches = None if checkpoint else probe_batches(recipe, model, tokenizer, rows, plugins)
+    adapt(model, recipe.adapter, plugins=plugins, batches=batches, blank=checkpoint is not None)
     recipe = recipe.model_copy(update={"adapter": adaptation(model).config})  # hub ids are pinned now
     _check_tasks(model, tasks)
 
@@ -113,6 +115,26 @@ def train(
                 (out / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             write_report(out / "report.html", [result], (out / RECIPE).read_text(encoding="utf-8"), base)
     return result
+
+
+def probe_batches(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: datasets.Dataset,
+    plugins: Iterable[str | Path] = (),
+) -> list[dict[str, Any]] | None:
+    """The first training rows as batches, the same in all processes, for an init that looks at data; else None.
+
+    The model is put where it is trained, since such an init runs it.
+    """
+    init = build_init(recipe.adapter, Methods(plugins))
+    if init.probes is None:
+        return None
+    arguments = sft_config(recipe)
+    if not getattr(model, "is_quantized", False):  # which is there already
+        model.to(arguments.device)  # type: ignore[arg-type]
+    return Preparation(tokenizer, arguments).batches(rows, init.batches)
 
 
 def sft_config(recipe: Recipe) -> SFTConfig:

@@ -287,6 +287,27 @@ class MoeLoraTrainer(DurableTrainer):
         """The adapter writes its own card."""
 
 
+class Preparation(MoeLoraTrainer):
+    """The trainer's way from rows to tokens and batches, without a model."""
+
+    args: SFTConfig
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: SFTConfig) -> None:
+        self._tokenizer, self.chat_template, self.args = tokenizer, None, arguments
+        self.completion_only_loss = arguments.completion_only_loss is not False
+
+    def batches(self, rows: Dataset, count: int) -> list[dict[str, Any]]:
+        """Up to ``count`` batches of the first rows: each row for itself, however training packs them."""
+        size, tokenizer = self.args.per_device_train_batch_size, self._tokenizer
+        rows = rows.select(range(min(len(rows), count * size)))
+        prepared = self._prepare_dataset(rows, tokenizer, self.args, False, None, "train")
+        collate = TaskCollator(tokenizer.convert_tokens_to_ids(self.args.pad_token or tokenizer.pad_token))
+        return [
+            collate(prepared.select(range(at, min(at + size, len(prepared)))).to_list())
+            for at in range(0, len(prepared), size)
+        ]
+
+
 def _tokens(batch: dict[str, Any]) -> Tensor:
     """[2] how many tokens of a batch are not padding, and how many of these another of their sequence follows."""
     ids, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")

@@ -90,7 +90,7 @@ def test_what_cannot_be_subtracted_is_refused(away: Path) -> None:
         model_with(away, "meteora", experts={"adapters": ["out/none"], "num_experts": 4})
 
 
-STARTS: dict[str, dict[str, Any]] = {"pissa": {}, "olora": {}, "nystrom": {"name": "slora"}}
+STARTS: dict[str, dict[str, Any]] = {"pissa": {}, "olora": {}, "nystrom": {"name": "slora"}, "lora_ga": {"r": 2}}
 """Initialisers that move, with the experts they are for."""
 
 
@@ -101,7 +101,9 @@ def test_every_moved_start_is_the_base_model(init: str, num_experts: int) -> Non
     with torch.no_grad():
         expected = base.eval()(**tiny.batch()).logits
     config = {"experts": {"num_experts": num_experts, "r": 4, **STARTS[init]}, "router": router, "init": init}
-    model = tiny.adapt(base, {**config, "target_modules": tiny.TARGETS["llama"]})
+    config["target_modules"] = tiny.TARGETS["llama"]
+    torch.manual_seed(1)
+    model = moelora.adapt(base, config, verbose=False, batches=[tiny.batch(seed=seed) for seed in range(2)])
     with torch.no_grad():
         torch.testing.assert_close(model(**tiny.batch()).logits, expected, rtol=1e-5, atol=2e-5)
         for layer in routed_layers(model):
