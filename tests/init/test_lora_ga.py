@@ -86,7 +86,7 @@ def test_it_starts_and_trains_as_pefts(direction: Any, scale: Any, monkeypatch: 
     decompose = torch.svd_lowrank
 
     def seeded(*args: Any, **kwargs: Any) -> Any:  # the signs of singular vectors are those of its random numbers
-        torch.manual_seed(0)
+        torch.manual_seed(42)
         return decompose(*args, **kwargs)
 
     init = {"name": "lora_ga", "form": "peft", "direction": direction, "scale": scale}
