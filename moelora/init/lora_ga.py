@@ -18,7 +18,7 @@ quantised base will do as well. It has a fourth, random direction. PEFT's LoRA-G
 
 Cost: as many forward and backward passes as there are layers, times ``batches``; one layer's G at a time.
 
-Recipe line: ``init: {name: lora_ga, batches: 4}`` with ``experts: {num_experts: 4, r: 8, use_rslora: true}``
+Recipe line: ``init: {name: lora_ga, experts: same, batches: 4}`` with ``experts: {num_experts: 4, use_rslora: true}``
 """
 
 from __future__ import annotations

@@ -101,7 +101,8 @@ def try_pair(config: Config) -> str:
     config["target_modules"] = tiny.FFN_TARGETS["llama"] if around == "ffn" else tiny.TARGETS["llama"]
     torch.manual_seed(0)
     try:
-        model: Any = moelora.adapt(tiny.llama(), config, verbose=False)
+        batches = [tiny.batch(rows=8, seed=seed) for seed in range(2)]  # for initialisers that look at data
+        model: Any = moelora.adapt(tiny.llama(), config, verbose=False, batches=batches)
         method = Methods().build("optim", optim)
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
