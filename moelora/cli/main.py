@@ -192,6 +192,9 @@ def export(
     base: Annotated[str | None, typer.Option(help="Another place of the base model.")] = None,
     task: Annotated[str | None, typer.Option(help="Name or number of a task, for routers by task.")] = None,
     rank: Annotated[int | None, typer.Option(help="lora, vllm: cut every layer down to this rank.")] = None,
+    truncate: Annotated[
+        int | None, typer.Option(help="ranks: dylora: the first so many ranks of every expert.")
+    ] = None,
     probe: Annotated[Path | None, typer.Option(help="lora: rows to fit and measure on; the recipe's if none.")] = None,
     fit: Annotated[str, typer.Option(help="lora: least_squares or average; both are measured.")] = "least_squares",
     dequantize: Annotated[bool, typer.Option("--dequantize", help="merged: a quantised base, unquantised.")] = False,
@@ -211,7 +214,8 @@ def export(
         from moelora.cli.show import export_table
         from moelora.train.export import export_folder
 
-        options: dict[str, Any] = {"base": base, "task": task, "rank": rank, "probe": probe, "choice": fit}
+        options: dict[str, Any] = {"base": base, "task": task, "rank": rank, "truncated": truncate, "probe": probe}
+        options["choice"] = fit
         done = export_folder(folder, dest, to, **options, dequantize=dequantize, force=force, plugins=plugin or [])
         if json:
             print(encoder.dumps(done.to_json(), indent=1))

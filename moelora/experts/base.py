@@ -113,14 +113,17 @@ class Experts(ExactBuffers, Stepped, ABC):
     def composed(self) -> Factors:
         """``factors()`` as they are used: with the allocator's ranks, less the update at the start, with the ranks of
         experts from adapters, and the anchors that losses may read."""
-        factors = self.factors() if self.allocator is None else self.allocator(self.factors())
+        factors = self.factors()
+        if self.allocator is not None:
+            A, B, scale = self.allocator(factors.A, factors.B, factors.scale)
+            factors = replace(factors, A=A, B=B, scale=scale)
         if self.start_A is not None and self.start_B is not None:
             factors = _less(factors, self.start_A, self.start_B)
         if self.used is not None:
             factors = replace(factors, ranks=self.used)
         if not self.anchored:
             return factors
-        pairs = ((parameter, getattr(self, f"anchor_{name}")) for name, parameter in self.named_parameters())
+        pairs = ((self.get_parameter(name), getattr(self, f"anchor_{name}")) for name in self.anchored)
         return replace(factors, anchors=tuple(pairs))
 
     def admit(self, route: Route) -> Route:
@@ -168,7 +171,7 @@ class Experts(ExactBuffers, Stepped, ABC):
 
     def keep_anchors(self) -> None:
         """Room for a copy of every parameter as it was at the start, for losses that pull back to it."""
-        parameters = dict(self.named_parameters())
+        parameters = dict(self.named_parameters(recurse=False))
         self.anchored = tuple(parameters)
         for name, parameter in parameters.items():
             self.register_buffer(f"anchor_{name}", parameter.detach().clone())

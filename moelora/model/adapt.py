@@ -71,6 +71,7 @@ def adapt(
                 _empty(layer)
         else:
             _begin_all(model, layers, init, resolved.init["name"], batches, bool(sources))
+            plan_ranks(layers)
         if sources:
             fill_experts(model, layers, sources, resolved)
         for layer in layers.values():
@@ -183,6 +184,16 @@ def begin(layer: RoutedLinear, init: Init, probe: Probe | None = None, filled: b
     if not filled:
         init(layer.experts, start)
         layer.experts.set_start()
+    if layer.experts.allocator is not None:
+        layer.experts.allocator.fill(layer.experts)
+
+
+@torch.no_grad()
+def plan_ranks(layers: Mapping[str, RoutedLinear]) -> None:
+    """Let the allocators of all layers share out ranks between them."""
+    allocators = [layer.experts.allocator for layer in layers.values() if layer.experts.allocator is not None]
+    if allocators:
+        allocators[0].plan(allocators)
 
 
 def _check_router(model: nn.Module, record: Adaptation) -> None:

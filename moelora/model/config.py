@@ -225,10 +225,12 @@ def build_sites(
             if group is not None:
                 routers[group] = router
             experts.scale.fill_(_scale(config.experts, router.scale_rank))
-            if allocates:
-                experts.allocator = methods.build("ranks", config.ranks, *shape)
             for name, parameter in experts.named_parameters():
                 parameter.requires_grad_(config.experts.train in ("all", name.removeprefix("lora_")))
+            if allocates:
+                experts.allocator = methods.build("ranks", config.ranks, *shape)
+                experts.allocator.power = 0.5 if config.experts.use_rslora else 1.0
+                experts.allocator.requires_grad_(config.experts.train != "none")
             if moves:
                 experts.keep_start()
             if anchored:
@@ -283,6 +285,10 @@ def _refuse_unfit_experts(router: Router, experts: Experts, config: AdapterConfi
     if experts.allocator is not None and any(need not in experts.gives for need in experts.allocator.needs):
         needs = " and ".join(said[need] for need in experts.allocator.needs)
         raise ConfigError(f"ranks {ranks} is for experts with {needs}, not for experts '{config.experts.name}'")
+    if experts.allocator is not None:
+        if config.experts.adapters:
+            raise ConfigError(f"ranks {ranks} is for experts that start anew; leave out experts.adapters, or ranks")
+        experts.allocator.refuse(ranks, experts, config.experts.name, init, config.experts.train)
     parts = {"B": ("lora_B", "a lora_B"), "middle": ("middle", "a matrix between A and B (slora, loraxs)")}
     part = parts.get(config.experts.train)
     if part is not None and part[0] not in dict(experts.named_parameters()):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
-from moelora.core.factors import Factors
+import torch
+from torch import Tensor, nn
+
+from moelora.core.errors import ConfigError
 from moelora.core.module import ExactBuffers
 from moelora.core.start import Start
 from moelora.core.step import Stepped
@@ -21,10 +25,14 @@ class Ranks(ExactBuffers, Stepped, ABC):
     in ``begin_step``, ``before_step`` and ``after_step`` of ``Stepped``, called on the first site's for all of them; a
     layer's own is ``layer.experts.allocator``, and its parameters are named ``allocator.NAME`` there.
 
-    needs: what it needs of the experts, see ``Experts.gives``.
+    needs: what it needs of the experts, see ``Experts.gives``. starts: whether it sets lora_A and lora_B itself, in
+        ``fill``, and goes by their gradients: all three are trained. power: the scale is lora_alpha over the rank to
+        this power, one half with use_rslora.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("own_A",)
+    starts: ClassVar[bool] = False
+    power: float = 1.0
 
     def __init__(self, site: Site, num_experts: int, r: int) -> None:
         super().__init__()
@@ -33,6 +41,43 @@ class Ranks(ExactBuffers, Stepped, ABC):
     def begin(self, start: Start) -> None:
         """Set own parameters and buffers, under no_grad, and before the initialiser sets the experts' factors."""
 
+    def fill(self, experts: nn.Module) -> None:
+        """Where it ``starts`` them: set the experts' lora_A and lora_B, under no_grad, after the initialiser."""
+
+    def plan(self, others: Sequence[Ranks]) -> None:
+        """Called on the first site's with all sites', itself first, when all have begun, under no_grad."""
+
     @abstractmethod
-    def forward(self, factors: Factors) -> Factors:
-        """The factors with the ranks that are in use: A [R, D], B [O, R], scale [R]."""
+    def forward(self, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A [R, D], B [O, R], scale [R] with the ranks that are in use. Tensors alone: engines look for them here."""
+
+    def within(self, name: str, key: str, value: int | None) -> None:
+        """Raise ConfigError for a number of ranks that experts of rank r do not have."""
+        if value is not None and value > self.r:
+            raise ConfigError(f"ranks.{name}: {key} {value} is more than experts.r, which is {self.r}")
+
+    def refuse(self, name: str, experts: nn.Module, kind: str, init: str, train: str) -> None:
+        """Raise ConfigError where it ``starts`` experts that have other starts, or whose A and B are not trained."""
+        if not self.starts:
+            return
+        if not {"lora_A", "lora_B"} <= {own for own, _ in experts.named_parameters(recurse=False)}:
+            raise ConfigError(f"ranks {name} trains lora_A and lora_B, which experts '{kind}' lack; use experts: lora")
+        if init != "kaiming":
+            raise ConfigError(f"ranks {name} sets A and B at the start, and so would init {init}; leave one out")
+        if train != "all":
+            raise ConfigError(f"ranks {name} trains A, B and what is between them; experts.train: {train} does not")
+
+    def rescaled(self, scale: Tensor, ranks: Tensor) -> Tensor:
+        """The scale [R] of experts of these ranks [E] in place of r."""
+        change = (self.r / ranks) ** self.power
+        return scale * change.to(scale.dtype).repeat_interleave(self.r)
+
+
+def masked(A: Tensor, B: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Zeros in place of the ranks that ``keep`` [R] leaves out: in A, too, which routers may read."""
+    return A * keep.unsqueeze(1).to(A.dtype), B * keep.to(B.dtype)
+
+
+def learning(A: Tensor, B: Tensor, learns: Tensor) -> tuple[Tensor, Tensor]:
+    """The same values; only the ranks that ``learns`` [R] names have gradients."""
+    return torch.where(learns.unsqueeze(1), A, A.detach()), torch.where(learns, B, B.detach())

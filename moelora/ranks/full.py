@@ -9,7 +9,8 @@ Recipe line: ``ranks: {name: full}``
 
 from __future__ import annotations
 
-from moelora.core.factors import Factors
+from torch import Tensor
+
 from moelora.ranks.base import Ranks
 
 
@@ -18,6 +19,5 @@ class Full(Ranks):
 
     needs = ()
 
-    def forward(self, factors: Factors) -> Factors:
-        """The factors as they are."""
-        return factors
+    def forward(self, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return A, B, scale

@@ -26,6 +26,7 @@ from moelora.tools.export.folder import Export, refuse_taken
 from moelora.tools.export.hollow import hollow_base
 from moelora.tools.export.plain import constant_gates
 from moelora.tools.export.shards import base_folder
+from moelora.tools.truncate import truncate
 from moelora.train.run import RECIPE, build_trainer, load_base, revision_of
 
 TARGETS = ("peft", "merged", "lora", "vllm")
@@ -43,6 +44,7 @@ def export_folder(
     probe: Path | None = None,
     choice: str = "least_squares",
     dequantize: bool = False,
+    truncated: int | None = None,
     force: bool = False,
     plugins: Iterable[str | Path] = (),
 ) -> Export:
@@ -51,18 +53,24 @@ def export_folder(
     base: another place of the base model. task: name of one of the recipe's tasks, or its number. rank, choice: see
     ``moelora.tools.export``. probe: a text file (a row per line) or one of the formats of ``data``, in place of the
     recipe's rows, for a router that decides token by token. dequantize: merge a quantised base model in memory and
-    write it unquantised. force: do not compare the base model's weights with those the adapter was trained beside.
-    Raises MoeloraError.
+    write it unquantised. truncated: every expert at its first so many ranks (``moelora.tools.truncate``). force: do not
+    compare the base model's weights with those the adapter was trained beside. Raises MoeloraError.
     """
     refuse_taken(dest)
     _refuse_useless(to, choice, rank, probe, dequantize)
     recipe = _recipe(folder, base, plugins)
     number = None if task is None else _task_number(task, recipe.data, folder)
+
+    def put_into(model: PreTrainedModel) -> PreTrainedModel:
+        load(model, folder, plugins=plugins, force=force)
+        if truncated is not None:
+            truncate(model, truncated)
+        return model
+
     source, options = base_source(recipe.base_model), revision_of(recipe)
     if to == "merged" and _quantised(recipe, source, options, dequantize):
         model, tokenizer = load_base(recipe)
-        load(model, folder, plugins=plugins, force=force)
-        return export_dense(model, dest, tokenizer, number)
+        return export_dense(put_into(model), dest, tokenizer, number)
     if recipe.quantization_config is not None:
         model = load_base(recipe)[0]
     else:
@@ -73,7 +81,7 @@ def export_folder(
             if to == "merged":
                 raise
             model = load_base(recipe)[0]  # no safetensors, or quantised ones
-    load(model, folder, plugins=plugins, force=force)
+    put_into(model)
     if to == "peft":
         return export_peft(model, dest)
     if to == "merged":
@@ -85,8 +93,7 @@ def export_folder(
     if probe is None and not task_names(recipe.data):
         raise ConfigError(f"{folder}: no {RECIPE} with data to measure on; give rows with --probe FILE")
     model, tokenizer = load_base(recipe)
-    load(model, folder, plugins=plugins, force=force)
-    batches = probe_batches(recipe, model, tokenizer, probe, number)
+    batches = probe_batches(recipe, put_into(model), tokenizer, probe, number)
     return export_lora(model, dest, number, rank, batches, choice)
 
 

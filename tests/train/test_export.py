@@ -40,6 +40,7 @@ def run_at(folder: Path, router: Any, base: str | Path = "moelora/tiny", **more:
     """A folder as a run leaves it, and its model."""
     experts = {"num_experts": 8, "r": 2, "lora_alpha": 4, **more.pop("experts", {})}
     adapter = {"router": router, "experts": experts, "target_modules": ["q_proj", "down_proj"]}
+    adapter["ranks"] = more.pop("ranks", "full")
     training = {"output_dir": str(folder), "max_length": 48}
     recipe = check_recipe({"base_model": str(base), "adapter": adapter, "data": DATA, "training": training, **more})
     model = tiny.shake(tiny.adapt(load_base(recipe)[0], recipe.adapter.model_dump()), 0.1)
@@ -244,3 +245,14 @@ def test_the_whole_model_is_loaded_for_a_token_wise_router_only(tmp_path: Path, 
     monkeypatch.setattr(exporting, "load_base", refuse)
     for to in ("peft", "merged", "lora", "vllm"):
         export_folder(tmp_path / "run", tmp_path / to, to)
+
+
+def test_experts_at_their_first_ranks_from_the_command_line(tmp_path: Path) -> None:
+    run_at(tmp_path / "run", "meteora", experts={"num_experts": 2, "r": 4}, ranks="dylora")
+    command(tmp_path / "run", tmp_path / "out", "--to", "peft", "--truncate", 3)
+    config = json.loads((tmp_path / "out" / "expert_0" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (3, 4)
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["source"]["ranks"]["eval_rank"] == 3
+    run_at(tmp_path / "full", "meteora", experts={"num_experts": 2, "r": 4})
+    said = " ".join(command(tmp_path / "full", tmp_path / "x", "--to", "peft", "--truncate", 3, code=2).split())
+    assert "only ranks: dylora trains for that" in said

@@ -95,7 +95,7 @@ def source_of(model: nn.Module) -> dict[str, Any]:
     base = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     experts = {"name": record.config.experts.name, "num_experts": record.config.experts.num_experts}
     made = {"base": base, "fingerprint": record.fingerprint, "moelora": __version__}
-    return {**made, "router": record.config.router, "experts": experts}
+    return {**made, "router": record.config.router, "experts": experts, "ranks": record.config.ranks}
 
 
 def write_text(path: Path, text: str) -> None:

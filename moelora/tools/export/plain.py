@@ -58,9 +58,11 @@ class PlainLoRA:
         wide = torch.promote_types(self.B.dtype, torch.float32)
         return PlainLoRA(self.A.to(wide), self.B.to(wide) * self.scale)
 
-    def trimmed(self) -> PlainLoRA:
-        """Without ranks that add nothing because both their halves are zero, as padding is."""
-        used = (self.A != 0).any(1) | (self.B != 0).any(0)
+    def trimmed(self, masked: bool = False) -> PlainLoRA:
+        """Without ranks that add nothing because both their halves are zero, as padding is. masked: or one of them, as
+        of ranks that an allocator leaves out; others may just not have learned yet."""
+        A, B = (self.A != 0).any(1), (self.B != 0).any(0)
+        used = A & B if masked else A | B
         return self if bool(used.all()) else PlainLoRA(self.A[used], self.B[:, used], self.scale)
 
     def padded(self, rank: int) -> PlainLoRA:
@@ -98,8 +100,9 @@ def fold(experts: Experts, gates: Tensor) -> PlainLoRA:
         rows = A.to(wide).unflatten(0, (len(gates), -1))
         return PlainLoRA(torch.einsum("g,gwd->wd", gates, rows), torch.einsum("g,ogw->ow", gates, units))
     if A.shape[0] == B.shape[1]:
+        masked = experts.allocator is not None
         kept = (gates != 0).repeat_interleave(units.shape[2])
-        return PlainLoRA(A.to(wide)[kept], (units * gates.unsqueeze(-1)).flatten(1)[:, kept]).trimmed()
+        return PlainLoRA(A.to(wide)[kept], (units * gates.unsqueeze(-1)).flatten(1)[:, kept]).trimmed(masked)
     return PlainLoRA(A.to(wide), torch.einsum("g,ogw->ow", gates, units))
 
 
@@ -117,7 +120,7 @@ def single_expert(experts: Experts, index: int) -> PlainLoRA:
     if A.shape[0] == B.shape[1]:
         A = A.unflatten(0, (count, -1))[index]
     B, scale = B.unflatten(1, (count, -1))[:, index], scale.unflatten(0, (count, -1))[index]
-    return PlainLoRA(A, B, _one(scale)).trimmed()
+    return PlainLoRA(A, B, _one(scale)).trimmed(masked=experts.allocator is not None)
 
 
 def _as_read(experts: Experts, index: int) -> PlainLoRA:
@@ -244,7 +247,10 @@ def refuse_more_than_lora(layers: list[RoutedLinear], what: str) -> None:
 
 
 def _factors(experts: Experts) -> Factors:
-    factors = experts.composed()
+    """As they are evaluated, whatever mode the model is in."""
+    was = experts.training
+    factors = experts.eval().composed()
+    experts.train(was)
     if factors.A is None:
         raise ConfigError(f"experts of '{experts.site.name}' give no A, so there is no LoRA to write")
     return factors
