@@ -18,7 +18,7 @@ from moelora.core.methods import Methods
 from moelora.core.validate import Strict, check, nearest
 from moelora.data.config import DataConfig
 from moelora.model.base import TINY
-from moelora.model.config import AdapterConfig, build_init, named_method, resolve
+from moelora.model.config import AdapterConfig, build_init, named_method, resolve, sketch
 from moelora.model.quantised import Quantization
 from moelora.optim.base import Optim
 
@@ -111,9 +111,9 @@ def check_recipe(content: Mapping[str, Any], where: str = "recipe", plugins: Ite
                 "takes its folder"
             )
     methods = Methods(plugins)
-    optim = methods.check("optim", recipe.optim)
-    _check_optim(methods.find("optim", optim["name"]), optim["name"], recipe.training)
-    adapter = resolve(recipe.adapter, methods)
+    optim, adapter = methods.check("optim", recipe.optim), resolve(recipe.adapter, methods)
+    method: Optim = methods.build("optim", optim)
+    method.check(sketch(adapter, methods)[0][1])
     if stage == 3 and build_init(adapter, methods).probes is not None:
         raise ConfigError(
             f"init {adapter.init['name']} runs the base model before training begins, and ZeRO-3 has taken its weights "
@@ -173,15 +173,6 @@ def _set(content: dict[str, Any], override: str) -> None:
         section[last] = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override '{override}': the value is not YAML: {error}") from None
-
-
-def _check_optim(method: type[Optim], name: str, training: dict[str, Any]) -> None:
-    """Raise ConfigError where a method that gives the whole step meets an optimiser that changes it."""
-    if method.whole_step and training.setdefault("optim", "sgd") != "sgd":
-        raise ConfigError(
-            f"optim {name} has moments of its own and gives the whole step, which training.optim: "
-            f"{training['optim']} would change; write sgd there, or leave it out"
-        )
 
 
 def _check_training(training: Mapping[str, Any]) -> None:

@@ -14,22 +14,25 @@ from moelora.core.tape import Site
 
 @dataclass(frozen=True, slots=True)
 class Now:
-    """An optimiser step. step: its number, from 0, of ``steps``. lr: the learning rate it takes."""
+    """An optimiser step. step: its number, from 0, of ``steps``. lr, decay: its learning rate and weight decay."""
 
     step: int
     steps: int
     lr: float
+    decay: float = 0.0
 
 
 class Trained(ABC):
     """What is trained of one layer's experts: whole tensors, the same in all processes, float32 under DeepSpeed.
 
-    experts: the module. names: of its trained tensors, as the module has them. state: what the method keeps from step
-    to step; checkpoints hold it. Every method is called by all processes together, in the same order.
+    experts: the module. names: of its trained tensors, as the module has them. units: how many gates a token has here:
+    one per expert, or per block of ranks that the router chooses between; the ranks are cut into as many equal blocks.
+    state: what the method keeps from step to step; checkpoints hold it. Every method is called by all processes
+    together, in the same order.
     """
 
-    def __init__(self, site: Site, experts: Any, names: Sequence[str]) -> None:
-        self.site, self.experts, self.names = site, experts, tuple(names)
+    def __init__(self, site: Site, experts: Any, names: Sequence[str], units: int) -> None:
+        self.site, self.experts, self.names, self.units = site, experts, tuple(names), units
         self.state: dict[str, Tensor] = {}
 
     @abstractmethod
@@ -53,7 +56,7 @@ class Stepped:
     """Takes part in steps by overriding one of these. Nothing in them may depend on the process.
 
     Of objects that stand in every layer, the first one is asked, for all layers. A step from numbers that are not
-    finite is skipped: then neither ``before_step`` nor ``after_step`` is called.
+    finite is skipped: then ``skip_step`` is called in place of ``before_step`` and ``after_step``.
     """
 
     def begin_step(self, layers: Sequence[Trained], now: Now) -> None:
@@ -61,6 +64,9 @@ class Stepped:
 
     def before_step(self, layers: Sequence[Trained], now: Now) -> None:
         """Between backward and step."""
+
+    def skip_step(self, layers: Sequence[Trained], now: Now) -> None:
+        """Between backward and a step that changes nothing."""
 
     def after_step(self, layers: Sequence[Trained], now: Now) -> None:
         """After the step."""

@@ -33,6 +33,8 @@ class Experts(ExactBuffers, Stepped, ABC):
         (R = num_experts * r), ``"shared_A"`` when all have one A (R = r), ``"core"`` when it fills ``Factors.core``.
     computed: whether ``factors`` computes them, so that nothing asks for them but the forward that uses them.
     apart: whether every expert has an output of its own, as a router around feed-forward blocks asks for.
+    pairs: whether every expert is its lora_A and lora_B, and its update is added with its gate: so the gradients of
+        both come from one gradient of their product, as methods of ``optim`` reckon.
     allocator: the ``Ranks`` that stand between ``factors`` and their use, or None.
     start_A, start_B: the factors at the start, [R, D] and [O, R], where their update is subtracted, else None.
 
@@ -47,6 +49,7 @@ class Experts(ExactBuffers, Stepped, ABC):
     gives: ClassVar[tuple[str, ...]]
     computed: ClassVar[bool] = False
     apart: ClassVar[bool] = True
+    pairs: ClassVar[bool] = False
     scale: Tensor
     start_A: Tensor | None
     start_B: Tensor | None

@@ -23,6 +23,7 @@ class LoRA(Experts):
     """Both factors trained."""
 
     gives = ("own_A",)
+    pairs = True
 
     def __init__(self, site: Site, num_experts: int, r: int) -> None:
         super().__init__(site, num_experts, r)

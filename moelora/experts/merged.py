@@ -35,6 +35,7 @@ class Merged(LoRA):
     """
 
     apart = False
+    pairs = False
 
     def forward(
         self,

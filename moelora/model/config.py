@@ -151,16 +151,23 @@ def resolve(config: AdapterConfig | Mapping[str, Any] | str | Path, methods: Met
     init = build_init(filled, methods)
     if experts.adapters and (init.moves or init.probes is not None):
         raise ConfigError(f"experts.adapters fill A and B, and so would init {config.init['name']}; leave one out")
-    blocks = 1 if isinstance(experts.num_experts, int) else len(experts.num_experts)
+    built = sketch(filled, methods)
+    _refuse_unfit_experts(*built[0], filled)
+    for name, loss in build_losses(filled, methods).items():
+        _refuse_blind_loss(name, loss, *built[0], filled)
+        for router, _ in built:
+            loss.admit(router.units)
+    return filled
+
+
+def sketch(config: AdapterConfig, methods: Methods) -> list[tuple[Router, Experts]]:
+    """Router and experts as layers of a model would have them, one for each number of experts, without values."""
+    numbers = config.experts.num_experts
+    blocks = 1 if isinstance(numbers, int) else len(numbers)
     sites = [Site(f"{block}.layer", 0, 8, 8, block=block, blocks=blocks, hidden_size=8) for block in range(blocks)]
     with torch.device("meta"):
-        built = list(build_sites(filled, methods, sites))
-    _refuse_unfit_experts(*built[0][1:], filled)
-    for loss in build_losses(filled, methods).items():
-        _refuse_blind_loss(*loss, *built[0][1:], filled)
-        for _, router, _ in built:
-            loss[1].admit(router.units)
-    return filled
+        built = list(build_sites(config, methods, sites))
+    return [(router, experts) for _, router, experts in built]
 
 
 def _read(path: Path) -> Any:

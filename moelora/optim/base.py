@@ -5,38 +5,57 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from moelora.core.errors import ConfigError
 from moelora.core.step import Now, Stepped, Trained
 
 
 class Optim(Stepped, ABC):
     """A method beside torch's optimiser; one for the whole model. Recipe keys are keyword-only arguments.
 
-    It takes part in steps by ``begin_step``, ``before_step`` and ``after_step`` of ``Stepped``, for layers whose
-    experts train. What it keeps is each layer's ``state``.
+    It takes part in steps by ``begin_step``, ``before_step``, ``skip_step`` and ``after_step`` of ``Stepped``, for
+    layers whose experts train. What it keeps is each layer's ``state``.
 
-    whole_step: its gradients are the whole step, with moments of its own, so that torch's optimiser has to be SGD
-        (``training.optim: sgd``), whose weight decay is then the decoupled one.
+    trains: names of the experts' tensors without whose training it has nothing to do.
     """
 
-    whole_step: ClassVar[bool] = False
+    trains: ClassVar[tuple[str, ...]] = ()
 
     def rate(self, name: str) -> float:
         """What the learning rate of a parameter is multiplied by. name: as in the adapted model."""
         return 1.0
 
+    def check(self, experts: Any) -> None:
+        """Raise ConfigError for experts it is not for. experts: a layer's, perhaps without values."""
+        missing = [name for name in self.trains if name not in trained_names(experts)]
+        if missing:
+            have = f"have no {missing[0]}" if not hasattr(experts, missing[0]) else f"do not train {missing[0]}"
+            raise ConfigError(
+                f"optim {self.name} acts on {' and '.join(self.trains)}, and experts "
+                f"'{type(experts).__name__.lower()}' {have} here; set experts.train, choose other experts, or "
+                "optim: plain"
+            )
+
+    @property
+    def name(self) -> str:
+        """As a recipe has it."""
+        return type(self).__module__.rpartition(".")[2]
+
 
 @dataclass
 class Pair:
-    """The LoRA pairs of a layer's experts, and their gradients: A, dA [E, r, D], B, dB [E, O, r].
+    """The LoRA pairs of a layer, one for every gate, and their gradients: A, dA [E, r, D], B, dB [E, O, r].
 
-    scale: [E], what an expert's update is multiplied by: s B A. live: [E], whether its gradients are not all zero: an
-    expert that no token of the global batch used has nothing to learn, and is left as it is. state: what the method
-    keeps, every tensor [E, ...]; of experts that are not live it is put back.
+    One gate multiplies all of a pair, so its gradients come from one gradient G [O, D] of its update s B A:
+    dA = s B^T G, dB = s G A^T. Of a router that chooses single ranks (SMoRA), every rank is a pair, r = 1.
+
+    ranks: [E, r], which have a gradient; the others are at rest, zero in A and B here, and stay as they are. live: [E],
+    pairs that have such ranks: an expert that no token of the global batch used has nothing to learn. scale: [E], s.
+    state: what the method keeps, every tensor [E, ...]; of pairs that are not live it is put back.
     """
 
     A: Tensor
@@ -45,41 +64,98 @@ class Pair:
     dB: Tensor
     scale: Tensor
     live: Tensor
+    ranks: Tensor
     state: dict[str, Tensor]
 
 
 class PairOptim(Optim):
-    """An Optim that changes the gradients of every pair by itself, given nothing but the pair."""
+    """An Optim that changes the gradients of every pair by itself, given nothing but the pair.
+
+    whole_step: what it gives is no gradient for torch's optimiser but the step of A and B, to be multiplied by the
+        learning rate alone; torch's optimiser has the other parameters (routers).
+    """
+
+    trains = ("lora_A", "lora_B")
+    whole_step: bool = False
+
+    def check(self, experts: Any) -> None:
+        super().check(experts)
+        gates = [name for name in trained_names(experts) if name.startswith("allocator.")]
+        if not experts.pairs or gates:
+            what = f"'{gates[0]}' between A and B" if gates else "which are not added up as plain pairs B A"
+            raise ConfigError(
+                f"optim {self.name} takes every expert for a pair, and found experts "
+                f"'{type(experts).__name__.lower()}' with {what}; choose experts: lora without such ranks, or another "
+                "optim"
+            )
 
     @abstractmethod
     def change(self, pair: Pair, now: Now) -> tuple[Tensor, Tensor]:
-        """The gradients of A and B that the optimiser gets, shaped as ``pair.dA`` and ``pair.dB``."""
+        """The gradients of A and B that the optimiser gets, shaped as ``pair.dA`` and ``pair.dB``; or their step."""
+
+    def shrink(self, now: Now) -> float:
+        """What A and B are multiplied by in a whole step: decoupled weight decay."""
+        return 1 - now.lr * now.decay
 
     @torch.no_grad()
     def before_step(self, layers: Sequence[Trained], now: Now) -> None:
         for layer in layers:
-            if {"lora_A", "lora_B"} <= set(layer.names):
-                pair = pair_of(layer)
-                kept = dict(layer.state)
-                dA, dB = self.change(pair, now)
-                for key, value in pair.state.items():
-                    old = kept.get(key, torch.zeros_like(value))
-                    layer.state[key] = torch.where(_wide(pair.live, value), value, old)
-                layer.set_gradient("lora_A", (dA * _wide(pair.live, dA)).flatten(0, 1))
-                layer.set_gradient("lora_B", (dB * _wide(pair.live, dB)).transpose(0, 1).flatten(1, 2))
+            pair = pair_of(layer)
+            kept = dict(layer.state)
+            dA, dB = self.change(pair, now)
+            for key, value in pair.state.items():
+                old = kept.get(key, torch.zeros_like(value))
+                layer.state[key] = torch.where(_wide(pair.live, value), value, old)
+            rest = ~pair.ranks
+            found = {
+                "lora_A": dA.masked_fill(rest.unsqueeze(-1), 0).flatten(0, 1),
+                "lora_B": dB.masked_fill(rest.unsqueeze(-2), 0).transpose(0, 1).flatten(1, 2),
+            }
+            for name, change in found.items():
+                if name not in layer.names:
+                    continue
+                if self.whole_step:
+                    value = layer.value(name)
+                    layer.set_value(name, torch.where(change == 0, value, self.shrink(now) * value - now.lr * change))
+                    change = torch.zeros_like(change)  # and so torch's optimiser leaves it alone
+                layer.set_gradient(name, change)
+
+
+def trained_names(experts: Any) -> list[str]:
+    """The experts' tensors that train."""
+    return [name for name, parameter in experts.named_parameters() if parameter.requires_grad]
 
 
 def pair_of(layer: Trained) -> Pair:
-    """The pairs of a layer whose experts train lora_A [E * r, D] and lora_B [O, E * r]."""
-    experts = layer.experts.num_experts
-    A, dA = (tensor.unflatten(0, (experts, -1)) for tensor in (layer.value("lora_A"), layer.gradient("lora_A")))
-    B, dB = (
-        tensor.unflatten(1, (experts, -1)).transpose(0, 1)
-        for tensor in (layer.value("lora_B"), layer.gradient("lora_B"))
+    """The pairs of a layer with lora_A [R, D] and lora_B [O, R]; gradients of a frozen one are zero."""
+    values = {name: layer.value(name) for name in ("lora_A", "lora_B")}
+    given = {name: layer.gradient(name) for name in values if name in layer.names}
+    like = next(iter(given.values()))
+    (A, dA), (B, dB) = (
+        (value.to(like), given[name] if name in given else torch.zeros_like(value, dtype=like.dtype))
+        for name, value in values.items()
     )
-    live = (dA != 0).flatten(1).any(1) | (dB != 0).flatten(1).any(1)
-    scale = layer.experts.scale.view(experts, -1)[:, 0].to(A)
-    return Pair(A, B, dA, dB, scale, live, dict(layer.state))
+    A, dA = (tensor.unflatten(0, (layer.units, -1)) for tensor in (A, dA))
+    B, dB = (tensor.unflatten(1, (layer.units, -1)).transpose(0, 1) for tensor in (B, dB))
+    ranks = (dA != 0).any(2) | (dB != 0).any(1)
+    scale = layer.experts.scale.view(layer.units, -1)[:, 0].to(like)
+    A, B = A.masked_fill(~ranks.unsqueeze(-1), 0), B.masked_fill(~ranks.unsqueeze(-2), 0)
+    return Pair(A, B, dA, dB, scale, ranks.any(1), ranks, dict(layer.state))
+
+
+def inverse(gram: Tensor, ridge: float) -> Tensor:
+    """(gram + ridge * t I)^-1 of symmetric matrices [E, r, r], t the mean of what is not zero on their diagonal.
+
+    In float64 by eigendecomposition; directions in which nothing is stay zero, so a matrix of zeros gives zeros.
+    """
+    wide = gram.double()
+    values, vectors = torch.linalg.eigh(wide)
+    diagonal = wide.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.sum(-1, keepdim=True) / (diagonal != 0).sum(-1, keepdim=True).clamp(min=1)
+    least = torch.finfo(gram.dtype).eps * gram.shape[-1] * values[..., -1:]
+    raised = values.clamp(min=0) + ridge * mean
+    inverted = torch.where(raised > least, 1 / raised, 0.0)
+    return ((vectors * inverted.unsqueeze(-2)) @ vectors.mT).to(gram.dtype)
 
 
 def _wide(flags: Tensor, like: Tensor) -> Tensor:

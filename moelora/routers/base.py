@@ -33,6 +33,7 @@ class Router(ExactBuffers, ABC):
     scores: the name of its parameter [G, D] where it scores tokens by ``linear_scores``, so that layers that read the
         same tokens can have theirs together.
     scale_rank: the rank that divides lora_alpha; the expert's rank r unless said otherwise.
+    units: what it has gates for, see ``Route.units``; the experts unless said otherwise.
     """
 
     reads: Literal["x", "dropped", "h", "hidden"] = "x"
@@ -46,7 +47,6 @@ class Router(ExactBuffers, ABC):
         super().__init__()
         self.site, self.num_experts, self.r = site, num_experts, r
         self.units = num_experts
-        """How many units it gives gates to; those of single ranks say how many these are."""
 
     @classmethod
     def group(cls, site: Site, options: dict[str, Any]) -> str | None:

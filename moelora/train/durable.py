@@ -35,7 +35,7 @@ from moelora.train.checkpoint import (
     set_random_state,
     write_checkpoint,
 )
-from moelora.train.engine import Engine
+from moelora.train.engine import Engine, set_rates
 from moelora.train.guard import Guard, Stop, heeding, naming_dead_workers
 from moelora.train.processes import agreed
 from moelora.train.stepping import Stepping
@@ -90,6 +90,15 @@ class DurableTrainer(SFTTrainer):
         """Where the run writes."""
         return Path(str(self.args.output_dir))
 
+    def create_optimizer(self, *args: Any) -> Any:
+        """transformers' own, with the learning rates that the method gives."""
+        rates = {id(p): self.optim.rate(name) for name, p in self.model.named_parameters()} if self.optim else {}
+        anew = self.optimizer is None
+        optimizer = super().create_optimizer(*args)
+        if anew and set(rates.values()) - {1.0}:
+            set_rates(optimizer, rates)
+        return optimizer
+
     def train_guarded(self, checkpoint: str | None) -> None:
         """``train``; after SIGTERM it ends with the step under way, a checkpoint, and SystemExit 143."""
         with heeding() as stop, naming_dead_workers(self.out):
@@ -110,14 +119,18 @@ class DurableTrainer(SFTTrainer):
     def begin_step(self) -> None:
         """Before the first micro-batch of a step."""
         assert self.stepping is not None
-        self.now = Now(self.state.global_step, self.state.max_steps, float(self.lr_scheduler.get_last_lr()[0]))
+        rate, decay = float(self.lr_scheduler.get_last_lr()[0]), float(self.args.weight_decay)
+        self.now = Now(self.state.global_step, self.state.max_steps, rate, decay)
         self.stepping.begin(self.now)
 
     def before_step(self) -> None:
         """Between backward and step, when gradients are summed up over micro-batches and processes."""
         assert self.guard is not None and self.stepping is not None
-        if self.guard.before_step(self.state.global_step + 1):
-            self.stepping.before(self.now)
+        taken = False
+        try:
+            taken = self.guard.before_step(self.state.global_step + 1)
+        finally:  # also when too many were skipped: what was done to weights for this step is undone
+            (self.stepping.before if taken else self.stepping.skip)(self.now)
 
     def after_step(self) -> None:
         """After a step, unless it was skipped."""
@@ -157,12 +170,14 @@ class DurableTrainer(SFTTrainer):
         return rows
 
     def _resume_schedule(self, saved: dict[str, Any]) -> None:
-        """Engines differ in whether they keep empty groups of parameters, so what is per group goes by position."""
+        """Engines differ in whether they keep empty groups of parameters, so what is per group goes by the rate that
+        the group began with; by position where that was changed."""
         numbers = {key: value for key, value in saved.items() if not isinstance(value, list)}
         self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **numbers})
         rates = saved["_last_lr"]
+        begun = dict(zip(saved.get("base_lrs", []), rates, strict=False))
         for place, group in enumerate(self.optimizer.param_groups):
-            group["lr"] = rates[min(place, len(rates) - 1)]
+            group["lr"] = begun.get(group.get("initial_lr"), rates[min(place, len(rates) - 1)])
         self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

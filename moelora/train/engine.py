@@ -85,9 +85,14 @@ class Engine:
         parts = list(self.held_gradients())
         square = torch.stack([part.float().square().sum() for part in parts]).sum()
         torch.distributed.all_reduce(square)
-        factor = (self._clip_at / (square.sqrt() + 1e-6)).clamp(max=1.0)
+        factor = (self._clip_at / (square.sqrt() / self._loss_scale + 1e-6)).clamp(max=1.0)
         for part in parts:
             part.mul_(factor)
+
+    @property
+    def _loss_scale(self) -> float:
+        """What DeepSpeed's float16 multiplies the loss by, and so the gradients that it holds until its step."""
+        return 1.0 if self.deepspeed is None else float(getattr(self.deepspeed.optimizer, "loss_scale", 1.0))
 
     def held_gradients(self) -> Iterator[Tensor]:
         """The gradients that this process holds, or their parts."""
@@ -106,7 +111,7 @@ class Engine:
         from deepspeed.utils import safe_get_full_grad
 
         value: Tensor = safe_get_full_grad(parameter)
-        return value.view(self.shape(parameter))
+        return value.view(self.shape(parameter)) / self._loss_scale
 
     def set_gradient(self, parameter: Tensor, value: Tensor) -> None:
         """Replace the whole gradient."""
@@ -116,12 +121,17 @@ class Engine:
             return
         from deepspeed.utils import safe_set_full_grad
 
-        safe_set_full_grad(parameter, value)
+        safe_set_full_grad(parameter, value * self._loss_scale)
 
     def set_value(self, parameter: Tensor, value: Tensor) -> None:
-        """Replace the whole parameter, and the copy that the optimiser steps."""
+        """Replace the whole parameter, as forwards see it and as the optimiser steps it."""
         if self.stage < 3:
             parameter.data.copy_(value)
+        else:
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(value)
         if self.deepspeed is not None:
             from deepspeed.utils import safe_set_full_fp32_param
 
@@ -205,6 +215,20 @@ class Engine:
         groups = zero.fp16_groups if self.stage == 3 else zero.bit16_groups
         for held, group in zip(self._held(), groups, strict=True):
             yield held, [names[id(parameter)] for parameter in group]
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rates: dict[int, float]) -> None:
+    """Give parameters learning rates of their own. rates: by ``id``, what each one's is multiplied by.
+
+    Groups are split, the slowest come first and empty ones go, since DeepSpeed drops these and a schedule counts them.
+    """
+    split: dict[tuple[float, int], dict[str, Any]] = {}
+    for place, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            rate = rates[id(parameter)]
+            own = split.setdefault((rate, place), {**group, "params": [], "lr": group["lr"] * rate})
+            own["params"].append(parameter)
+    optimizer.param_groups[:] = [split[key] for key in sorted(split)]
 
 
 def _alike(value: Any, held: Tensor) -> bool:

@@ -24,7 +24,7 @@ class Held(Trained):
     """A layer's trained tensors, as an engine holds them."""
 
     def __init__(self, layer: RoutedLinear, names: list[str], engine: Engine) -> None:
-        super().__init__(layer.site, layer.experts, names)
+        super().__init__(layer.site, layer.experts, names, layer.router.units)
         self.engine = engine
 
     def _parameter(self, name: str) -> nn.Parameter:
@@ -49,12 +49,15 @@ class Stepping:
 
     def __init__(self, model: nn.Module, engine: Engine, optim: Optim | None) -> None:
         layers = routed_layers(model)
+        if optim is not None:
+            for layer in layers:
+                optim.check(layer.experts)
         first = layers[0].experts
         found: dict[str, Stepped | None] = {"optim": optim, "ranks": first.allocator, "experts": first}
         self.owners = {
             kind: owner
             for kind, owner in found.items()
-            if owner is not None and owner.overrides("begin_step", "before_step", "after_step")
+            if owner is not None and owner.overrides("begin_step", "before_step", "skip_step", "after_step")
         }
         trained = {id(parameter) for parameter in engine.parameters.values()}
         named = [
@@ -80,6 +83,12 @@ class Stepping:
             self.engine.clip()
         for kind, owner in self.owners.items():
             owner.before_step(self.layers[kind], now)
+
+    @torch.no_grad()
+    def skip(self, now: Now) -> None:
+        """Between backward and a step that changes nothing."""
+        for kind, owner in self.owners.items():
+            owner.skip_step(self.layers[kind], now)
 
     @torch.no_grad()
     def after(self, now: Now) -> None:
