@@ -75,7 +75,7 @@ class PairOptim(Optim):
         learning rate alone; torch's optimiser has the other parameters (routers).
     """
 
-    trains = ("lora_A", "lora_B")
+    trains: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
     whole_step: bool = False
 
     def check(self, experts: Any) -> None:
