@@ -81,13 +81,13 @@ class PairOptim(Optim):
     def check(self, experts: Any) -> None:
         super().check(experts)
         gates = [name for name in trained_names(experts) if name.startswith("allocator.")]
-        if not experts.pairs or gates:
-            what = f"'{gates[0]}' between A and B" if gates else "which are not added up as plain pairs B A"
-            raise ConfigError(
-                f"optim {self.name} takes every expert for a pair, and found experts "
-                f"'{type(experts).__name__.lower()}' with {what}; choose experts: lora without such ranks, or another "
-                "optim"
-            )
+        if experts.pairs and not gates:
+            return
+        found = f"{gates[0]} between A and B" if gates else f"experts '{type(experts).__name__.lower()}'"
+        raise ConfigError(
+            f"optim {self.name} reckons with experts that are pairs B A and nothing else, and found {found}; choose "
+            "experts: lora, and no ranks with gates, or another optim"
+        )
 
     @abstractmethod
     def change(self, pair: Pair, now: Now) -> tuple[Tensor, Tensor]:

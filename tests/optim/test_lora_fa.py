@@ -129,7 +129,7 @@ def test_it_takes_the_steps_of_peft(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"num_experts": 2}, r"lora_fa keeps A as it is, and experts.train trains it; set experts: {train: B}"),
         (
             {"name": "hydra", "num_experts": 2, "train": "B"},
-            r"takes every expert for a pair, and found experts 'hydra'",
+            r"pairs B A and nothing else, and found experts 'hydra'",
         ),
         ({"num_experts": 2, "train": "none"}, r"do not train lora_B here"),
     ],
