@@ -27,6 +27,7 @@ from moelora.cli.catalogue import catalogue
 from moelora.core.errors import MoeloraError
 from moelora.core.methods import AXES, Methods
 from moelora.core.step import Now
+from moelora.model.config import resolve, sketch
 from moelora.train.engine import Engine
 from moelora.train.stepping import Stepping
 from tests import tiny
@@ -102,13 +103,13 @@ def try_pair(config: Config) -> str:
     torch.manual_seed(0)
     try:
         batches = [tiny.batch(rows=8, seed=seed) for seed in range(2)]  # for initialisers that look at data
-        model: Any = moelora.adapt(tiny.llama(), config, verbose=False, batches=batches)
         method = Methods().build("optim", optim)
+        method.check(sketch(resolve(config, Methods()), Methods())[0][1])
+        model: Any = moelora.adapt(tiny.llama(), config, verbose=False, batches=batches)
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             return "nothing is left to train"
-        kind = torch.optim.SGD if method.whole_step else torch.optim.AdamW
-        optimizer = kind(trained, lr=1e-2)
+        optimizer = torch.optim.AdamW(trained, lr=1e-2)
         stepping = Stepping(model.train(), Engine(model, model, optimizer), method)
     except MoeloraError as error:
         return str(error)
