@@ -216,6 +216,7 @@ def write_file(path: Path, content: dict[str, Tensor] | str) -> str:
                 save_file(tensors, file, metadata={"format": "pt"})
             except SafetensorError as error:  # a full disk, among others
                 raise OSError(str(error)) from error
+            file.chmod(partial.stat().st_mode & 0o666)  # for all whom the umask allows, as text; it made 0600
         with open(file, "rb+") as written:
             os.fsync(written.fileno())
         digest = sha256_of(partial, path.name, limit=None)

@@ -405,3 +405,13 @@ def test_read_json(folder: Path) -> None:
     os.truncate(folder / "experts/e/c.json", 1 << 40)
     with pytest.raises(AdapterError, match="size"):
         read_json(folder, manifest, "experts/e/c.json")
+
+
+def test_tensors_are_as_readable_as_text(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        for name, content in (("a.safetensors", {"x": torch.zeros(1)}), ("a.json", "{}")):
+            writing.write_file(tmp_path / name, content)
+            assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
