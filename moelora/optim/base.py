@@ -107,13 +107,9 @@ class PairOptim(Optim):
                 old = kept.get(key, torch.zeros_like(value))
                 layer.state[key] = torch.where(_wide(pair.live, value), value, old)
             rest = ~pair.ranks
-            found = {
-                "lora_A": dA.masked_fill(rest.unsqueeze(-1), 0).flatten(0, 1),
-                "lora_B": dB.masked_fill(rest.unsqueeze(-2), 0).transpose(0, 1).flatten(1, 2),
-            }
-            for name, change in found.items():
-                if name not in layer.names:
-                    continue
+            found = {"lora_A": dA.masked_fill(rest.unsqueeze(-1), 0), "lora_B": dB.masked_fill(rest.unsqueeze(-2), 0)}
+            for name in (name for name in found if name in layer.names):
+                change = together(name, found[name])
                 if self.whole_step:
                     value = layer.value(name)
                     layer.set_value(name, torch.where(change == 0, value, self.shrink(now) * value - now.lr * change))
@@ -128,19 +124,27 @@ def trained_names(experts: Any) -> list[str]:
 
 def pair_of(layer: Trained) -> Pair:
     """The pairs of a layer with lora_A [R, D] and lora_B [O, R]; gradients of a frozen one are zero."""
-    values = {name: layer.value(name) for name in ("lora_A", "lora_B")}
-    given = {name: layer.gradient(name) for name in values if name in layer.names}
-    like = next(iter(given.values()))
-    (A, dA), (B, dB) = (
-        (value.to(like), given[name] if name in given else torch.zeros_like(value, dtype=like.dtype))
-        for name, value in values.items()
+    dA, dB = (
+        apart(layer, name, layer.gradient(name) if name in layer.names else torch.zeros_like(layer.value(name)))
+        for name in ("lora_A", "lora_B")
     )
-    A, dA = (tensor.unflatten(0, (layer.units, -1)) for tensor in (A, dA))
-    B, dB = (tensor.unflatten(1, (layer.units, -1)).transpose(0, 1) for tensor in (B, dB))
+    A, B = (apart(layer, name, layer.value(name)) for name in ("lora_A", "lora_B"))
     ranks = (dA != 0).any(2) | (dB != 0).any(1)
-    scale = layer.experts.scale.view(layer.units, -1)[:, 0].to(like)
-    A, B = A.masked_fill(~ranks.unsqueeze(-1), 0), B.masked_fill(~ranks.unsqueeze(-2), 0)
+    scale = layer.experts.scale.view(layer.units, -1)[:, 0].to(dB)
+    A, B = A.to(dB).masked_fill(~ranks.unsqueeze(-1), 0), B.to(dB).masked_fill(~ranks.unsqueeze(-2), 0)
     return Pair(A, B, dA, dB, scale, ranks.any(1), ranks, dict(layer.state))
+
+
+def apart(layer: Trained, name: str, tensor: Tensor) -> Tensor:
+    """lora_A [R, D] as [E, r, D], lora_B [O, R] as [E, O, r]: one for every pair of a layer."""
+    if name == "lora_A":
+        return tensor.unflatten(0, (layer.units, -1))
+    return tensor.unflatten(1, (layer.units, -1)).transpose(0, 1)
+
+
+def together(name: str, pairs: Tensor) -> Tensor:
+    """What ``apart`` was given."""
+    return pairs.flatten(0, 1) if name == "lora_A" else pairs.transpose(0, 1).flatten(1, 2)
 
 
 def inverse(gram: Tensor, ridge: float) -> Tensor:
