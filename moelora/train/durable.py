@@ -99,6 +99,10 @@ class DurableTrainer(SFTTrainer):
             set_rates(optimizer, rates)
         return optimizer
 
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """transformers' own, without what allocators of ranks train: gates decay by their own rule."""
+        return [name for name in super().get_decay_parameter_names(model) if ".allocator." not in name]
+
     def train_guarded(self, checkpoint: str | None) -> None:
         """``train``; after SIGTERM it ends with the step under way, a checkpoint, and SystemExit 143."""
         with heeding() as stop, naming_dead_workers(self.out):

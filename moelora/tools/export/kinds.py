@@ -240,7 +240,12 @@ def _padded(loras: dict[str, PlainLoRA], name: str) -> dict[str, PlainLoRA]:
 def _write_expert(
     into: Path, name: str, model: nn.Module, index: int, loras: dict[str, PlainLoRA], export: Export
 ) -> None:
-    written = write_lora(into / name, loras, model)
+    written: dict[str, PlainLoRA] = {}
+    masks = routed_layers(model)[0].experts.allocator is not None
+    if not masks or any(lora.rank for lora in loras.values()):
+        written = write_lora(into / name, loras, model)
+    else:
+        export.notes.append(f"{name} has no rank left in any layer, so it has no folder")
     for layer in routed_layers(model):
         own, path = own_expert(layer, index), layer.site.name
         if own is not None:
