@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -19,6 +20,8 @@ class Factors:
 
     ranks: [G] int32, of blocks: how many of each unit's ranks are in use, the rest being zero; None where all are.
     scale: [columns of B] float32, for instance lora_alpha / r. A is None where the tokens are h = A x already.
+    stretch, shift: [E, O] or None, what experts make of the base layer's output y besides: g (stretch y + shift).
+    num_experts: E. parts: the experts' own parameters by name, as they are trained, for losses.
     anchors: pairs of a parameter and its value at the start, for losses that hold experts near it.
     """
 
@@ -27,4 +30,8 @@ class Factors:
     scale: Tensor
     core: Tensor | None = None
     ranks: Tensor | None = None
+    stretch: Tensor | None = None
+    shift: Tensor | None = None
+    num_experts: int = 1
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
     anchors: tuple[tuple[Tensor, Tensor], ...] = ()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -36,20 +36,25 @@ class Experts(ExactBuffers, Stepped, ABC):
     pairs: whether every expert is its lora_A and lora_B, and its update is added with its gate: so the gradients of
         both come from one gradient of their product, as methods of ``optim`` reckon.
     allocator: the ``Ranks`` that stand between ``factors`` and their use, or None.
+    whole: whether they make something of the base layer's output (``Factors.stretch``), for which they need the gate of
+        a whole expert, beside a single layer.
     start_A, start_B: the factors at the start, [R, D] and [O, R], where their update is subtracted, else None.
+    affine: (rows [N, D] W^T, the bias [O] or None) of the base layer, without gradients; given by the layer.
 
     Experts that started from adapters may differ from each other, and have more than low-rank factors:
 
     ranks: the rank of each; its rows beyond that are zero. used: [E] int32, the same where they are not all r.
     present: [R] bool, rows of experts that have this layer, or None: an expert without it keeps its gate. vectors: what
         adapters hold beside A and B, by PEFT's names, as they were saved.
-    stretch, shift: [E, O] or None, what these make of the base layer's output y: g (stretch y + shift).
+    stretch, shift: [E, O] or None, what these make of the base layer's output, see ``Factors``.
     """
 
     gives: ClassVar[tuple[str, ...]]
     computed: ClassVar[bool] = False
     apart: ClassVar[bool] = True
     pairs: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
+    affine: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     scale: Tensor
     start_A: Tensor | None
     start_B: Tensor | None
@@ -86,7 +91,7 @@ class Experts(ExactBuffers, Stepped, ABC):
 
     @property
     def stored(self) -> bool:
-        """Whether ``composed`` gives parameters as they are."""
+        """Whether ``composed`` gives an A that is a parameter as it is."""
         return not self.computed and self.allocator is None and self.start_A is None
 
     def forward(
@@ -100,8 +105,8 @@ class Experts(ExactBuffers, Stepped, ABC):
         """The update [T, O] of tokens x [T, D], mixed as ``decide`` says.
 
         form: ``"each"``: the update of every chosen expert apart, [T, k, O], without its gate. ``"sum"``: x [T, k, D]
-        holds one row per chosen expert. onto: [T, O], what the update is added to, tokens only. image: what is known of
-        x already.
+        holds one row per chosen expert. onto: the base layer's output [T, O], to which all that the experts make of it
+        is added, tokens only; without it the low-rank update alone is given. image: what is known of x already.
         """
         factors, image = self.composed(), image or Image(x)
         if form != "tokens":
@@ -111,23 +116,40 @@ class Experts(ExactBuffers, Stepped, ABC):
             image.beside(factors.A)
         route = decide(factors, image)
         h = image.known(factors.A)
-        return routed_lora.apply(x if h is None else h, factors if h is None else replace(factors, A=None), route, onto)
+        given, left = (x, factors) if h is None else (h, replace(factors, A=None))
+        update = routed_lora.apply(given, left, route, onto)
+        beside = None if onto is None else self.beside(factors, route, onto)
+        return update if beside is None else update + beside
 
     def composed(self) -> Factors:
-        """``factors()`` as they are used: with the allocator's ranks, less the update at the start, with the ranks of
-        experts from adapters, and the anchors that losses may read."""
+        """``factors()`` as they are used, with the ranks of experts from adapters, and what losses may read."""
+        factors = self.finished(self.low_rank())
+        pairs = tuple((self.get_parameter(name), getattr(self, f"anchor_{name}")) for name in self.anchored)
+        ranks, parts = factors.ranks if self.used is None else self.used, cast(Mapping[str, Tensor], self._parameters)
+        return replace(factors, num_experts=self.num_experts, ranks=ranks, parts=parts, anchors=pairs)
+
+    def low_rank(self) -> Factors:
+        """``factors()`` with the allocator's ranks, less the update at the start."""
         factors = self.factors()
         if self.allocator is not None:
             A, B, scale = self.allocator(factors.A, factors.B, factors.scale)
             factors = replace(factors, A=A, B=B, scale=scale)
         if self.start_A is not None and self.start_B is not None:
             factors = _less(factors, self.start_A, self.start_B)
-        if self.used is not None:
-            factors = replace(factors, ranks=self.used)
-        if not self.anchored:
+        return factors
+
+    def own_vectors(self, index: int) -> dict[str, Tensor]:
+        """What PEFT would keep of an expert beside A and B, by its names."""
+        return self.vectors[index]
+
+    def finished(self, factors: Factors) -> Factors:
+        """Low-rank factors with what the experts make of the base layer's output."""
+        if self.shift is None:
             return factors
-        pairs = ((self.get_parameter(name), getattr(self, f"anchor_{name}")) for name in self.anchored)
-        return replace(factors, anchors=tuple(pairs))
+        B = factors.B
+        if self.stretch is not None:
+            B = B * (1 + self.stretch.t()).repeat_interleave(self.r, 1)  # float32 at least, whatever the files have
+        return replace(factors, B=B, stretch=self.stretch, shift=self.shift)
 
     def admit(self, route: Route) -> Route:
         """The route with the gates of absent experts spread over the present ones, in proportion; their sum stays."""
@@ -139,23 +161,32 @@ class Experts(ExactBuffers, Stepped, ABC):
         nothing = left == 0
         return route._replace(weight=kept * (whole / left.masked_fill(nothing, 1)).masked_fill(nothing, 1))
 
-    def beside(self, route: Route, y: Tensor) -> Tensor | None:
+    def beside(self, factors: Factors, route: Route, y: Tensor) -> Tensor | None:
         """What the experts add besides their low-rank update, [T, O], from the base layer's output y [T, O].
 
         Raises ConfigError for a router that gates anything but whole experts.
         """
-        if self.shift is None:
+        stretch, shift = factors.stretch, factors.shift
+        if stretch is None and shift is None:
             return None
         if route.units != self.num_experts:
             raise ConfigError(
                 f"'{self.site.name}' has experts with a bias or a magnitude (DoRA), which take the gate of a whole "
                 f"expert; this router has {route.units} gates for {self.num_experts} experts; choose another router"
             )
-        gate = route.dense().to(self.shift.dtype)
-        added = gate @ self.shift
-        if self.stretch is not None:
-            added = added + (gate @ self.stretch) * y.to(added.dtype)
-        return added.to(y.dtype)
+        gate, parts = route.dense(), []
+        if stretch is not None:
+            parts.append((gate.to(stretch.dtype) @ stretch) * y.to(stretch.dtype))
+        if shift is not None:
+            parts.append(gate.to(shift.dtype) @ shift)
+        return sum(parts[1:], parts[0]).to(y.dtype)
+
+    def widen(self, dtype: torch.dtype) -> None:
+        """Give saved buffers, which do not follow a cast, the dtype of the parameters; float32 at least."""
+        for module in self.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                    setattr(module, name, buffer.to(torch.promote_types(buffer.dtype, dtype)))
 
     def keep_start(self) -> None:
         """Room for the factors at the start, whose update is subtracted from now on."""

@@ -31,7 +31,4 @@ class LoRA(Experts):
         self.lora_B = nn.Parameter(torch.empty(site.out_features, num_experts * r))
 
     def factors(self) -> Factors:
-        if self.stretch is None:
-            return Factors(self.lora_A, self.lora_B, self.scale)
-        rows = (1 + self.stretch.t()).repeat_interleave(self.r, 1)
-        return Factors(self.lora_A, self.lora_B * rows, self.scale)  # float32 at least, whatever the files have
+        return Factors(self.lora_A, self.lora_B, self.scale)

@@ -76,7 +76,8 @@ def adapt(
             fill_experts(model, layers, sources, resolved)
         for layer in layers.values():
             layer.experts.set_anchors()
-            layer.router.prepare(layer.experts.composed())
+            if type(layer.router).prepare is not Router.prepare:  # of a partitioned base not all factors can be had
+                layer.router.prepare(layer.experts.composed())
 
     record = attach(model, pinned(resolved, sources), methods, start)
     record.pins = [source.pin for source in sources]
@@ -115,10 +116,7 @@ def attach(
         base_layer, kind = model.get_submodule(site.name), kinds.get(site.name, RoutedLinear)
         dtype = torch.float64 if weights[site.index].dtype == torch.float64 else torch.float32
         router, experts = router.to(dtype), experts.to(dtype)
-        if experts.anchored:
-            experts.keep_anchors()  # buffers stayed as they were: again, in the parameters' dtype
-        if experts.start_A is not None:
-            experts.keep_start()
+        experts.widen(dtype)
         terms = losses if isinstance(router, record.router) else {}
         layer = kind(base_layer, site, experts, router, terms, record.port, config.experts.lora_dropout)
         layers[site.name] = layer.train(base_layer.training)

@@ -206,7 +206,7 @@ def _prove(path: str, layer: RoutedLinear, loras: Sequence[LoRATensors], sources
     wide = torch.zeros(layer.out_features).double() if bias is None else bias.cpu().double()
     if experts.shift is not None:
         y = wide.expand(len(loras), -1) if weight is None else x @ weight.t() + wide
-        found = found + cast(Tensor, experts.beside(one_hot, y.to(found)))
+        found = found + cast(Tensor, experts.beside(experts.composed(), one_hot, y.to(found)))
     held = dict(experts.named_parameters())
     for index, lora in enumerate(loras):
         A, B = lora.A.to(held["lora_A"].dtype), lora.B.to(held["lora_B"].dtype)  # a float64 file may train in float32

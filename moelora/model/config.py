@@ -279,6 +279,11 @@ def _refuse_unfit_experts(router: Router, experts: Experts, config: AdapterConfi
             f"router '{config.router['name']}' asks for the output of every expert apart, and experts "
             f"'{config.experts.name}' have one between them; use experts: lora"
         )
+    if experts.whole and router.around == "ffn":
+        raise ConfigError(
+            f"experts '{config.experts.name}' change the base layer's output, and those of a feed-forward block share "
+            f"it; choose another router than '{config.router['name']}', or experts: lora"
+        )
     init, ranks = config.init["name"], config.ranks["name"]
     if experts.start_A is not None and ("own_A" not in experts.gives or router.reads == "h"):
         raise ConfigError(

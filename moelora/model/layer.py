@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from moelora.losses.base import Loss
 from moelora.model.fellows import Reader, image_of
 from moelora.ops.project import Image
 from moelora.routers.base import Router
+
+LARGE: Final = 256.0
+"""What rows are multiplied by before a half-precision product with a bias, which may be far larger than they are."""
 
 
 class RoutedLinear(nn.Module):
@@ -39,6 +42,7 @@ class RoutedLinear(nn.Module):
         self.base_layer, self.experts, self.router = base_layer, experts, router
         self.dropout = nn.Dropout(dropout)
         self.site, self.losses, self.port = site, losses, port
+        experts.affine = self.affine
         self.in_features, self.out_features = site.in_features, site.out_features
         self.fellows: tuple[Reader, ...] = ()
 
@@ -58,6 +62,18 @@ class RoutedLinear(nn.Module):
     def bias(self) -> Any:
         """The base layer's."""
         return self.base_layer.bias
+
+    @torch.no_grad()
+    def affine(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(rows [N, D] W^T, the bias [O] or None) of the base layer, for experts that need more of it than its output.
+
+        It is called, so that it may be quantised or partitioned.
+        """
+        kept = (torch.bfloat16, torch.float16, torch.float64)
+        dtype: Any = self.base_layer.weight.dtype if self.base_layer.weight.dtype in kept else torch.float32
+        given = torch.cat([rows * LARGE, torch.zeros_like(rows[:1])])
+        out: Tensor = self.base_layer(given.to(dtype)).to(rows.dtype)
+        return (out[:-1] - out[-1]) / LARGE, None if getattr(self.base_layer, "bias", None) is None else out[-1]
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
@@ -79,15 +95,12 @@ class RoutedLinear(nn.Module):
         dropped = self.dropout(tokens) if self.dropout.training else tokens
         seen = image_of(self.reader, self.fellows if self.port.tape is tape else (), given, dropped, tape)
         tokens = seen.x if dropped is tokens else tokens
-        routes: list[Route] = []
 
         def decide(factors: Factors, image: Image) -> Route:
-            routes.append(self._route(tokens, image, tape.view(self.site, x.shape[:-1], factors, image)))
-            return routes[0]
+            return self._route(tokens, image, tape.view(self.site, x.shape[:-1], factors, image))
 
         updated: Tensor = self.experts(seen.x, decide, onto=flat, image=seen)
-        beside = self.experts.beside(routes[0], flat)
-        return (updated if beside is None else updated + beside).view(y.shape)
+        return updated.view(y.shape)
 
     def _route(self, tokens: Tensor, image: Image, view: View) -> Route:
         """The route of tokens [T, D], from what the router reads of them; the experts see them as ``image``."""

@@ -62,13 +62,13 @@ class Delta:
     @property
     def shifts(self) -> bool:
         """Whether the bias changes too."""
-        experts = self.layer.experts
-        if experts.stretch is not None and bias_of(self.layer.base_layer) is not None:
+        factors = self.layer.experts.composed()
+        if factors.stretch is not None and bias_of(self.layer.base_layer) is not None:
             return True
-        return experts.shift is not None and bool(experts.shift.any())
+        return factors.shift is not None and bool(factors.shift.any())
 
     def _mixed(self, name: str) -> Tensor | None:
-        each: Tensor | None = getattr(self.layer.experts, name)
+        each: Tensor | None = getattr(self.layer.experts.composed(), name)
         return None if each is None else self.gates.to(each) @ each
 
 

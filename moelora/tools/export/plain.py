@@ -11,7 +11,7 @@ With constant gates g every parameterisation is one product B A (scales and gate
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ RANDOM = 64
 class PlainLoRA:
     """The update x -> scale * B A x of one layer. A [r, D], B [O, r]; r may be 0.
 
-    vectors: what an expert read from an adapter has besides, by the names of ``Experts.vectors`` (DoRA, biases).
+    vectors: what an expert has besides, by the names of ``Experts.own_vectors`` (DoRA, biases).
     """
 
     A: Tensor
@@ -63,7 +63,7 @@ class PlainLoRA:
         of ranks that an allocator leaves out; others may just not have learned yet."""
         A, B = (self.A != 0).any(1), (self.B != 0).any(0)
         used = A & B if masked else A | B
-        return self if bool(used.all()) else PlainLoRA(self.A[used], self.B[:, used], self.scale)
+        return self if bool(used.all()) else replace(self, A=self.A[used], B=self.B[:, used])
 
     def padded(self, rank: int) -> PlainLoRA:
         """With ranks of zeros up to ``rank``."""
@@ -109,9 +109,8 @@ def fold(experts: Experts, gates: Tensor) -> PlainLoRA:
 @torch.no_grad()
 def single_expert(experts: Experts, index: int) -> PlainLoRA:
     """One expert alone, its gate 1: its own tensors and its own scale. All its ranks, for routers of single ranks."""
-    if experts.vectors[index]:
-        return _as_read(experts, index)
-    factors, count = _factors(experts), experts.num_experts
+    vectors, count = experts.own_vectors(index), experts.num_experts
+    factors = _factors(experts, finished=not vectors)
     A, B, scale = factors.A, factors.B, factors.scale
     assert A is not None
     if factors.core is not None:
@@ -120,18 +119,12 @@ def single_expert(experts: Experts, index: int) -> PlainLoRA:
     if A.shape[0] == B.shape[1]:
         A = A.unflatten(0, (count, -1))[index]
     B, scale = B.unflatten(1, (count, -1))[:, index], scale.unflatten(0, (count, -1))[index]
-    return PlainLoRA(A, B, _one(scale)).trimmed(masked=experts.allocator is not None)
-
-
-def _as_read(experts: Experts, index: int) -> PlainLoRA:
-    """An expert with vectors, as its adapter had it: ``factors`` has them worked in. Raises ConfigError."""
-    held, rows = dict(experts.named_parameters()), slice(index * experts.r, index * experts.r + experts.ranks[index])
-    if not experts.ranks[index]:
+    lora = PlainLoRA(A, B, _one(scale), vectors).trimmed(masked=experts.allocator is not None)
+    if vectors and not lora.rank:
         raise ConfigError(
             f"expert {index} has a bias and no LoRA at '{experts.site.name}', and PEFT has such biases beside LoRA only"
         )
-    scale = float(experts.scale[rows.start])
-    return PlainLoRA(held["lora_A"].detach()[rows], held["lora_B"].detach()[:, rows], scale, experts.vectors[index])
+    return lora
 
 
 def constant_gates(model: nn.Module, task: int | None) -> dict[str, Tensor] | None:
@@ -192,7 +185,7 @@ def expert_error(layer: RoutedLinear, index: int, lora: PlainLoRA | None) -> flo
         return _relative(torch.zeros_like(update) if lora is None else lora(x), update)
     weight, bias = dense_weight(layer.base_layer).to(x), bias_of(layer.base_layer)
     bias = x.new_zeros(layer.out_features) if bias is None else bias.to(x)
-    beside = layer.experts.beside(route, x @ weight.t() + bias)
+    beside = layer.experts.beside(layer.experts.composed(), route, x @ weight.t() + bias)
     found = alone(LoRATensors(lora.A, lora.B, lora.scale, **lora.vectors), x.cpu(), weight.cpu(), bias.cpu())[0]
     return _relative(found.to(x), update if beside is None else update + beside)
 
@@ -238,18 +231,20 @@ def _relative(found: Tensor, update: Tensor) -> float:
 def refuse_more_than_lora(layers: list[RoutedLinear], what: str) -> None:
     """Raise ConfigError where experts are more than B A x: DoRA, or a bias."""
     for layer in layers:
-        for name, kind in (("stretch", "DoRA"), ("shift", "a bias")):
-            if getattr(layer.experts, name) is not None:
+        factors = layer.experts.composed()
+        for beside, kind in ((factors.stretch, "DoRA"), (factors.shift, "a bias")):
+            if beside is not None:
                 raise ConfigError(
                     f"{what}: the experts of '{layer.site.name}' have {kind}, and this export is of plain LoRA only; "
-                    "--to peft writes each as it was read, --to merged holds all where gates are constant"
+                    "--to peft writes each with what it has, --to merged holds all where gates are constant"
                 )
 
 
-def _factors(experts: Experts) -> Factors:
+def _factors(experts: Experts, finished: bool = True) -> Factors:
     """As they are evaluated, whatever mode the model is in."""
     was = experts.training
-    factors = experts.eval().composed()
+    experts.eval()
+    factors = experts.composed() if finished else experts.low_rank()
     experts.train(was)
     if factors.A is None:
         raise ConfigError(f"experts of '{experts.site.name}' give no A, so there is no LoRA to write")
