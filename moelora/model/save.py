@@ -162,7 +162,8 @@ def _expected(model: nn.Module, config: AdapterConfig, methods: Methods) -> tupl
     own_folders = False
     seen: dict[int, Tensor] = {}  # kept alive, so that no id is given twice
     with torch.device("meta"):
-        for site, router, experts in build_sites(config, methods, find_sites(model, config)):
+        built = list(build_sites(config, methods, find_sites(model, config)))  # by the end sites share what is shared
+        for site, router, experts in built:
             for part, module in (("router", router), ("experts", experts)):
                 for key, value in module.state_dict(keep_vars=True).items():
                     apart = module is experts and is_lora(experts) and key in ("lora_A", "lora_B")
