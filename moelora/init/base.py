@@ -20,13 +20,16 @@ class Init(ABC):
         that every expert's update is zero at the start, whatever the gates: s (B A - B0 A0). It needs experts that own
         their A ("own_A"). An option may decide it: ``self.moves = ...`` in ``__init__``.
     probes: what it needs of some batches of data: ``"gradients"`` of the base weights, or layers' ``"inputs"``.
-    batches: how many batches it looks at, at most. tokens: whose inputs it looks at: of all tokens but padding, or of
-        ``"answers"``, those with a label; without labels [B, S] these are all.
+    batches: how many batches it looks at, at most. batch_size: how many rows each has where ``moelora train`` makes
+        them, whatever a step of training takes, so that any number of processes starts alike.
+    tokens: whose inputs it looks at: of all tokens but padding, or of ``"answers"``, those with a label; without labels
+        [B, S] these are all.
     """
 
     moves: bool = False
     probes: ClassVar[Literal["gradients", "inputs"] | None] = None
     batches: int = 8
+    batch_size: int = 8
     tokens: Literal["all", "answers"] = "all"
 
     @abstractmethod

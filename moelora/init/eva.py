@@ -35,7 +35,7 @@ from moelora.init.base import Init, Share, halves, shares, spectrum
 
 
 class EVA(Init):
-    """experts, tokens, tau, whiten: see above. batches: how many are looked at, at most.
+    """experts, tokens, tau, whiten: see above. batches: how many are looked at, at most, of batch_size training rows.
 
     Raises ConfigError for experts without lora_A and lora_B, for more components than the layer has inputs, and where
     no batch has as many tokens.
@@ -51,8 +51,10 @@ class EVA(Init):
         tau: Annotated[float, Field(gt=0, le=1)] = 0.99,
         whiten: bool = False,
         batches: Annotated[int, Field(ge=1)] = 64,
+        batch_size: Annotated[int, Field(ge=1)] = 8,
     ) -> None:
-        self.experts, self.tokens, self.tau, self.whiten, self.batches = experts, tokens, tau, whiten, batches
+        self.experts, self.tokens, self.tau, self.whiten = experts, tokens, tau, whiten
+        self.batches, self.batch_size = batches, batch_size
 
     def watch(self, experts: Any) -> tuple[Any, Callable[[Tensor], bool]]:
         seen = _Components(int(self._rows(experts).max()) + 1, self.tau)

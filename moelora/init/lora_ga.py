@@ -34,7 +34,7 @@ from moelora.init.base import Init, Share, halves, shares, spectrum
 
 class LoRAGA(Init):
     """direction, scale, form, experts: see above. gamma: of scale stable. niter: rounds of the randomised
-    decomposition; None is exact. batches: how many are looked at, at most.
+    decomposition; None is exact. batches: how many are looked at, at most, of batch_size training rows each.
 
     Raises ConfigError for experts that are not just A and B, and where a layer has fewer directions than its experts
     take: min(O, D).
@@ -53,9 +53,10 @@ class LoRAGA(Init):
         experts: Share = "slices",
         niter: Annotated[int, Field(ge=1)] | None = 4,
         batches: Annotated[int, Field(ge=1)] = 8,
+        batch_size: Annotated[int, Field(ge=1)] = 8,
     ) -> None:
         self.direction, self.scale, self.gamma, self.form = direction, scale, gamma, form
-        self.experts, self.niter, self.batches = experts, niter, batches
+        self.experts, self.niter, self.batches, self.batch_size = experts, niter, batches, batch_size
 
     @torch.no_grad()
     def __call__(self, experts: Any, start: Start) -> None:

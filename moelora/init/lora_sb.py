@@ -12,8 +12,7 @@ gates that add up to one the model starts as if that first step (its best rank-r
 mean it; ``residual: true`` subtracts it, M0 = M, and the model starts as the base model.
 
 Defaults: update sign_lr, 10 rounds of a randomised decomposition, and lr 3.2e-6 are the authors' for MetaMathQA: its
-peak 1e-4 divided by the steps of its warm-up (2 % of 1562). The authors look at 50 rows: here ``batches`` of the
-recipe's size.
+peak 1e-4 divided by the steps of its warm-up (2 % of 1562). The authors look at 50 rows; here they are 8 batches of 8.
 
 Differences from the released code: it has M = diag(S) whatever s, which is 1 there; ours is divided by s, so that the
 start is D for any lora_alpha. LoRAFactory's raw gradient is G itself, a step uphill, mostly subtracted.
@@ -37,7 +36,7 @@ from moelora.init.base import Init, named, spectrum
 
 class LoRASB(Init):
     """update, lr, residual: see above. niter: rounds of the randomised decomposition; None is exact. batches: how many
-    are looked at, at most.
+    are looked at, at most, of batch_size training rows each.
 
     Raises ConfigError for experts without a frozen pair and a trained matrix between, and for more ranks than a layer
     has directions: min(O, D).
@@ -53,8 +52,10 @@ class LoRASB(Init):
         residual: bool = False,
         niter: Annotated[int, Field(ge=1)] | None = 10,
         batches: Annotated[int, Field(ge=1)] = 8,
+        batch_size: Annotated[int, Field(ge=1)] = 8,
     ) -> None:
-        self.update, self.lr, self.residual, self.niter, self.batches = update, lr, residual, niter, batches
+        self.update, self.lr, self.residual, self.niter = update, lr, residual, niter
+        self.batches, self.batch_size = batches, batch_size
 
     @torch.no_grad()
     def __call__(self, experts: Any, start: Start) -> None:

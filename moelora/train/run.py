@@ -134,7 +134,7 @@ def probe_batches(
     arguments = sft_config(recipe)
     if not getattr(model, "is_quantized", False):  # which is there already
         model.to(arguments.device)  # type: ignore[arg-type]
-    return Preparation(tokenizer, arguments).batches(rows, init.batches)
+    return Preparation(tokenizer, arguments).batches(rows, init.batches, init.batch_size)
 
 
 def sft_config(recipe: Recipe) -> SFTConfig:

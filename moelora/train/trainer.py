@@ -296,9 +296,9 @@ class Preparation(MoeLoraTrainer):
         self._tokenizer, self.chat_template, self.args = tokenizer, None, arguments
         self.completion_only_loss = arguments.completion_only_loss is not False
 
-    def batches(self, rows: Dataset, count: int) -> list[dict[str, Any]]:
+    def batches(self, rows: Dataset, count: int, size: int) -> list[dict[str, Any]]:
         """Up to ``count`` batches of the first rows: each row for itself, however training packs them."""
-        size, tokenizer = self.args.per_device_train_batch_size, self._tokenizer
+        tokenizer = self._tokenizer
         rows = rows.select(range(min(len(rows), count * size)))
         prepared = self._prepare_dataset(rows, tokenizer, self.args, False, None, "train")
         collate = TaskCollator(tokenizer.convert_tokens_to_ids(self.args.pad_token or tokenizer.pad_token))
