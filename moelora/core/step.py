@@ -51,6 +51,14 @@ class Trained(ABC):
     def set_gradient(self, name: str, value: Tensor) -> None:
         """Replace a gradient. Where it is exactly zero the optimiser changes nothing: no value, no moment."""
 
+    @abstractmethod
+    def base_weight(self) -> Tensor:
+        """W [O, D] of the base layer, float32 at least, dequantised; not to be changed."""
+
+    @abstractmethod
+    def set_noise(self, deviation: Tensor | None, seed: int = 0) -> None:
+        """From now on forwards in training are those of W + E, E_ij ~ N(0, deviation_i^2) by a seed; None ends it."""
+
 
 class Stepped:
     """Takes part in steps by overriding one of these. Nothing in them may depend on the process.

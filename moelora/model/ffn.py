@@ -47,7 +47,7 @@ class FirstLinear(RoutedLinear):
     """x [..., D] to [..., k * O]: one copy per chosen expert. The first such layer of a block routes for all."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)
+        y = self._base(x)
         if not self.port.enabled:
             return y
         update = self._exact(self._each, x)
@@ -74,8 +74,7 @@ class LastLinear(RoutedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.port.enabled:
-            y: Tensor = self.base_layer(x)
-            return y
+            return self._base(x)
         tape = self._tape()
         tape.called.add(self.site.index)
         route = tape.shared.pop(self.site.parent, None)
@@ -87,7 +86,7 @@ class LastLinear(RoutedLinear):
         copies = x.unflatten(-1, (-1, self.site.in_features))
         rows = copies.reshape(-1, *copies.shape[-2:])
         whole = (rows * route.weight.unsqueeze(-1).to(rows.dtype)).sum(1)
-        y = self.base_layer(whole.view(*x.shape[:-1], self.site.in_features))
+        y = self._base(whole.view(*x.shape[:-1], self.site.in_features))
         dropped = self.dropout(rows)
         update = self._exact(lambda given: self.experts(given, lambda *_: route, "sum"), dropped)
         return y + update.view(y.shape).to(y.dtype)

@@ -15,6 +15,7 @@ from moelora.core.tape import Port, Site, Tape, View
 from moelora.experts.base import Experts
 from moelora.losses.base import Loss
 from moelora.model.fellows import Reader, image_of
+from moelora.ops.noise import noisy
 from moelora.ops.project import Image
 from moelora.routers.base import Router
 
@@ -26,6 +27,9 @@ class RoutedLinear(nn.Module):
     """y = base_layer(x) + experts(x; router(x)). Stands where the base layer stood and looks like it.
 
     x [..., D] to y [..., O]. The base layer is only ever called, so a quantised one is as good as any.
+
+    noise: (deviation [O], seed) of what a method adds to the base weight in training, see ``moelora.ops.noise``, or
+    None. It changes between steps alone.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class RoutedLinear(nn.Module):
         experts.affine = self.affine
         self.in_features, self.out_features = site.in_features, site.out_features
         self.fellows: tuple[Reader, ...] = ()
+        self.noise: tuple[Tensor, int] | None = None
 
     @property
     def reader(self) -> Reader:
@@ -76,8 +81,15 @@ class RoutedLinear(nn.Module):
         return (out[:-1] - out[-1]) / LARGE, None if getattr(self.base_layer, "bias", None) is None else out[-1]
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)
+        y = self._base(x)
         return self._exact(self._updated, x, y, x) if self.port.enabled else y
+
+    def _base(self, x: Tensor) -> Tensor:
+        """The base layer's output, by its weight and noise."""
+        y: Tensor = self.base_layer(x)
+        if self.noise is None or not self.training or not self.port.enabled:
+            return y
+        return y + noisy(x.to(y.dtype), *self.noise)
 
     @staticmethod
     def _exact(compute: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:

@@ -20,10 +20,12 @@ class Optim(Stepped, ABC):
     It takes part in steps by ``begin_step``, ``before_step``, ``skip_step`` and ``after_step`` of ``Stepped``, for
     layers whose experts train. What it keeps is each layer's ``state``.
 
-    trains: names of the experts' tensors without whose training it has nothing to do.
+    trains: names of the experts' tensors without whose training it has nothing to do. pairs: whether it reckons with
+        experts that are pairs B A and nothing else.
     """
 
     trains: ClassVar[tuple[str, ...]] = ()
+    pairs: ClassVar[bool] = False
 
     def rate(self, name: str) -> float:
         """What the learning rate of a parameter is multiplied by. name: as in the adapted model."""
@@ -38,6 +40,13 @@ class Optim(Stepped, ABC):
                 f"optim {self.name} acts on {' and '.join(self.trains)}, and experts "
                 f"'{type(experts).__name__.lower()}' {have} here; set experts.train, choose other experts, or "
                 "optim: plain"
+            )
+        gates = [name for name in trained_names(experts) if name.startswith("allocator.")]
+        if self.pairs and (gates or not experts.pairs):
+            found = f"{gates[0]} between A and B" if gates else f"experts '{type(experts).__name__.lower()}'"
+            raise ConfigError(
+                f"optim {self.name} reckons with experts that are pairs B A and nothing else, and found {found}; "
+                "choose experts: lora, and no ranks with gates, or another optim"
             )
 
     @property
@@ -76,18 +85,8 @@ class PairOptim(Optim):
     """
 
     trains: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    pairs = True
     whole_step: bool = False
-
-    def check(self, experts: Any) -> None:
-        super().check(experts)
-        gates = [name for name in trained_names(experts) if name.startswith("allocator.")]
-        if experts.pairs and not gates:
-            return
-        found = f"{gates[0]} between A and B" if gates else f"experts '{type(experts).__name__.lower()}'"
-        raise ConfigError(
-            f"optim {self.name} reckons with experts that are pairs B A and nothing else, and found {found}; choose "
-            "experts: lora, and no ranks with gates, or another optim"
-        )
 
     @abstractmethod
     def change(self, pair: Pair, now: Now) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,11 @@ arXiv 2502.14538 (v2 and v3; Findings of EMNLP 2025). With A and B of all expert
     g_t   = gradient at w + eps_t         one backward, all micro-batches; then w is put back, bit for bit
     v = mu v + (1 - mu) g_t,   n = beta n + (1 - beta) ||g_t||,   and torch's optimiser steps w by g_t
 
-||eps_t|| = rho / n. group: all has one ||v|| and one n for the model, expert one for each pair of each layer (per layer
-and gate; under SMoRA per rank). g_t is clipped before. Where a number's gradient is exactly zero, as of an expert that
-no token used, v stays; with group: expert so does n. A step that is skipped puts w back, too, and keeps v and n.
-State: v, as large as A and B, and n; w is kept aside within a step, so no checkpoint holds w + eps.
+||eps_t|| = rho / n. group: all has one ||v|| and one n for the model; expert one for each pair of each layer (per gate;
+under SMoRA per rank), where n is small, so that rho has to be. g_t is clipped before. Where a number's gradient is
+exactly zero, as of an expert that no token used, v stays; with group: expert so does n. A step that is skipped puts w
+back, too, and keeps v and n. State: v, as large as A and B, and n; w is kept aside within a step, so no checkpoint
+holds w + eps.
 
 Defaults: rho 0.05, beta 0.9, mu 0.9, as quoted from the paper (T5-base on GLUE); 0.01 and 0.8 for larger models.
 

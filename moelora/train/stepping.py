@@ -8,14 +8,16 @@ others do.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moelora.core.step import Now, Stepped, Trained
 from moelora.model.layer import RoutedLinear
-from moelora.model.partition import whole
+from moelora.model.partition import gathered, whole
 from moelora.model.record import routed_layers
+from moelora.model.sources import dense_weight
 from moelora.optim.base import Optim
 from moelora.train.engine import Engine
 
@@ -25,7 +27,7 @@ class Held(Trained):
 
     def __init__(self, layer: RoutedLinear, names: list[str], engine: Engine) -> None:
         super().__init__(layer.site, layer.experts, names, layer.router.units)
-        self.engine = engine
+        self.layer, self.engine = layer, engine
 
     def _parameter(self, name: str) -> nn.Parameter:
         parameter: nn.Parameter = self.experts.get_parameter(name)
@@ -42,6 +44,14 @@ class Held(Trained):
 
     def set_gradient(self, name: str, value: Tensor) -> None:
         self.engine.set_gradient(self._parameter(name), value)
+
+    def base_weight(self) -> Tensor:
+        base: Any = self.layer.base_layer
+        with gathered([base.weight]):
+            return dense_weight(base).clone()
+
+    def set_noise(self, deviation: Tensor | None, seed: int = 0) -> None:
+        self.layer.noise = None if deviation is None else (deviation, seed)
 
 
 class Stepping:
