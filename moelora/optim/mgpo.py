@@ -7,11 +7,10 @@ arXiv 2502.14538 (v2 and v3; Findings of EMNLP 2025). With A and B of all expert
     g_t   = gradient at w + eps_t         one backward, all micro-batches; then w is put back, bit for bit
     v = mu v + (1 - mu) g_t,   n = beta n + (1 - beta) ||g_t||,   and torch's optimiser steps w by g_t
 
-||eps_t|| = rho / n. group: all has one ||v|| and one n for the model; expert one for each pair of each layer (per gate;
-under SMoRA per rank), where n is small, so that rho has to be. g_t is clipped before. Where a number's gradient is
-exactly zero, as of an expert that no token used, v stays; with group: expert so does n. A step that is skipped puts w
-back, too, and keeps v and n. State: v, as large as A and B, and n; w is kept aside within a step, so no checkpoint
-holds w + eps.
+n is of the whole model. group: all has one ||v||, so that ||eps_t|| = rho / n; with expert each pair of each layer (per
+gate, under SMoRA per rank) has its own, and its part of eps_t is that long. g_t is clipped before. Where a number's
+gradient is exactly zero, as of an expert that no token used, v stays. A step that is skipped puts w back, too, and
+keeps v and n. State: v, as large as A and B, and n; w is kept aside within a step, so no checkpoint holds w + eps.
 
 Defaults: rho 0.05, beta 0.9, mu 0.9, as quoted from the paper (T5-base on GLUE); 0.01 and 0.8 for larger models.
 
@@ -67,23 +66,22 @@ class MGPO(Optim):
         if "n" not in layers[0].state:
             return
         moments = [{name: layer.state[f"v_{name}"] for name in NAMES} for layer in layers]
-        for layer, own, length in zip(layers, moments, self.lengths(layers, moments), strict=True):
+        lengths = self.lengths(layers, moments, self.group)
+        for layer, own, length in zip(layers, moments, lengths, strict=True):
             for name, v in own.items():
                 far = length * layer.state["n"]
                 factor = torch.where(far > 0, self.rho / far, 0.0).view(-1, 1, 1)
                 value = layer.value(name)
                 layer.state[f"w_{name}"] = value.clone()
-                moved = self.split(layer, name, v) * factor
+                moved = self.split(layer, name, v, self.group) * factor
                 layer.set_value(name, value + (moved[0] if self.group == "all" else together(name, moved)))
 
     @torch.no_grad()
     def before_step(self, layers: Sequence[Trained], now: Now) -> None:
         self.skip_step(layers, now)
         gradients = [{name: layer.gradient(name) for name in NAMES} for layer in layers]
-        for layer, own, length in zip(layers, gradients, self.lengths(layers, gradients), strict=True):
-            n = layer.state.get("n", length)
-            n = torch.where(n > 0, n, length)
-            layer.state["n"] = torch.where(length > 0, torch.lerp(length, n, self.beta), n)
+        for layer, own, length in zip(layers, gradients, self.lengths(layers, gradients, "all"), strict=True):
+            layer.state["n"] = torch.lerp(length, layer.state.get("n", length), self.beta)
             for name, gradient in own.items():
                 v = layer.state.get(f"v_{name}", torch.zeros_like(gradient))
                 layer.state[f"v_{name}"] = torch.where(gradient == 0, v, torch.lerp(gradient, v, self.mu))
@@ -95,17 +93,18 @@ class MGPO(Optim):
                 if f"w_{name}" in layer.state:
                     layer.set_value(name, layer.state.pop(f"w_{name}"))
 
-    def split(self, layer: Trained, name: str, tensor: Tensor) -> Tensor:
+    @staticmethod
+    def split(layer: Trained, name: str, tensor: Tensor, group: str) -> Tensor:
         """A tensor by groups of a layer, [E, ...] or [1, ...]."""
-        return tensor.unsqueeze(0) if self.group == "all" else apart(layer, name, tensor)
+        return tensor.unsqueeze(0) if group == "all" else apart(layer, name, tensor)
 
-    def lengths(self, layers: Sequence[Trained], tensors: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    def lengths(self, layers: Sequence[Trained], tensors: Sequence[dict[str, Tensor]], group: str) -> list[Tensor]:
         """For each layer the norms of its groups, [E] or [1]."""
         norms = [
-            torch.stack([self.split(layer, name, tensor).flatten(1).norm(dim=1) for name, tensor in own.items()])
+            torch.stack([self.split(layer, name, tensor, group).flatten(1).norm(dim=1) for name, tensor in own.items()])
             for layer, own in zip(layers, tensors, strict=True)
         ]
-        if self.group == "all":
+        if group == "all":
             whole = torch.cat([norm.to(norms[0].device) for norm in norms])
             norms = [whole.to(norm.device) for norm in norms]
         return [norm.norm(dim=0) for norm in norms]
