@@ -17,6 +17,7 @@ from moelora.core.errors import ConfigError
 from moelora.core.methods import Methods
 from moelora.core.validate import Strict, check, nearest
 from moelora.data.config import DataConfig
+from moelora.experts.base import Experts
 from moelora.model.base import TINY
 from moelora.model.config import AdapterConfig, build_init, named_method, resolve, sketch
 from moelora.model.quantised import Quantization
@@ -112,8 +113,7 @@ def check_recipe(content: Mapping[str, Any], where: str = "recipe", plugins: Ite
             )
     methods = Methods(plugins)
     optim, adapter = methods.check("optim", recipe.optim), resolve(recipe.adapter, methods)
-    method: Optim = methods.build("optim", optim)
-    method.check(sketch(adapter, methods)[0][1])
+    _check_optim(methods.build("optim", optim), sketch(adapter, methods)[0][1], recipe.deepspeed)
     if stage == 3 and build_init(adapter, methods).probes is not None:
         raise ConfigError(
             f"init {adapter.init['name']} runs the base model before training begins, and ZeRO-3 has taken its weights "
@@ -173,6 +173,16 @@ def _set(content: dict[str, Any], override: str) -> None:
         section[last] = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override '{override}': the value is not YAML: {error}") from None
+
+
+def _check_optim(method: Optim, experts: Experts, deepspeed: str | None) -> None:
+    method.check(experts)
+    own = {"optimizer", "scheduler"} & deepspeed_options(deepspeed).keys() if deepspeed is not None else set()
+    if own and type(method).rate is not Optim.rate:
+        raise ConfigError(
+            f"optim {method.name} gives parameters learning rates of their own, which deepspeed's {min(own)} does not "
+            f"keep; leave {min(own)} out of {deepspeed}, and say it under training"
+        )
 
 
 def _check_training(training: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """GGPO: random noise on every adapted weight, larger in rows that are long or whose gradient is.
 
-Paper: "LoRA-GGPO: Mitigating Double Descent in LoRA Fine-Tuning via Gradient-Guided Perturbation Optimization", arXiv
-2502.14538 (version 1). Forwards and backwards of a step are those of W + E, one draw for all its micro-batches:
+Paper: Chang et al., "LoRA-GGPO: Mitigating Double Descent in LoRA Fine-Tuning via Gradient-Guided Perturbation
+Optimization", arXiv 2502.14538 (version 1). Forwards and backwards of a step are those of W + E, with one draw for all
+its micro-batches:
 
     y = (W + E) x + experts(x),   E_ij ~ N(0, tau_i^2)
 

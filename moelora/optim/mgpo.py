@@ -1,7 +1,8 @@
 """MGPO: every gradient is taken a little up the hill, along the momentum, so that training ends where it is flat.
 
-Paper: "LoRA-MGPO: Mitigating Double Descent in Low-Rank Adaptation via Momentum-Guided Perturbation Optimization",
-arXiv 2502.14538 (v2 and v3; Findings of EMNLP 2025). With A and B of all experts as one vector w, and gradients g_t:
+Paper: Chang et al., "LoRA-MGPO: Mitigating Double Descent in Low-Rank Adaptation via Momentum-Guided Perturbation
+Optimization", arXiv 2502.14538 (v2 and v3; Findings of EMNLP 2025). With A and B of all experts as one vector w, and
+gradients g_t:
 
     eps_t = rho (v / ||v||) / n           v, n of the steps before; nothing in the first one
     g_t   = gradient at w + eps_t         one backward, all micro-batches; then w is put back, bit for bit

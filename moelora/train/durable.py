@@ -90,11 +90,11 @@ class DurableTrainer(SFTTrainer):
         """Where the run writes."""
         return Path(str(self.args.output_dir))
 
-    def create_optimizer(self, *args: Any) -> Any:
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own, with the learning rates that the method gives."""
         rates = {id(p): self.optim.rate(name) for name, p in self.model.named_parameters()} if self.optim else {}
         anew = self.optimizer is None
-        optimizer = super().create_optimizer(*args)
+        optimizer = super().create_optimizer(*args, **kwargs)
         if anew and set(rates.values()) - {1.0}:
             set_rates(optimizer, rates)
         return optimizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,16 @@ def test_without_it_the_groups_are_transformers_own(tmp_path: Path) -> None:
     made = run(tmp_path / "plain", plus=False, max_steps=1)
     made.create_optimizer()
     assert len(made.optimizer.param_groups) == 2 and set(rates(made)) == {1e-2}
+
+
+def test_a_deepspeed_file_that_brings_its_own_optimiser_or_schedule_is_refused(tmp_path: Path) -> None:
+    for key in ("optimizer", "scheduler"):
+        file = tmp_path / f"{key}.json"
+        file.write_text(json.dumps({"zero_optimization": {"stage": 2}, key: {"type": "any"}}))
+        recipe = {"deepspeed": str(file), "training": {"output_dir": "out"}}
+        check_recipe(recipe)
+        with pytest.raises(ConfigError, match=rf"which deepspeed's {key} does not keep; leave {key} out"):
+            check_recipe({**recipe, "optim": "lora_plus"})
 
 
 def test_experts_without_a_trained_b_are_refused() -> None:
