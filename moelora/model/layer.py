@@ -122,7 +122,11 @@ class RoutedLinear(nn.Module):
         elif self.router.reads == "h":
             assert view.factors is not None and view.factors.A is not None
             seen = image.under(view.factors.A)
+        counted, allocator = view.tape.load.get(self.site.index), self.experts.allocator
         route: Route = self.experts.admit(self.router(seen, view))
+        unseen = view.tape.load.get(self.site.index) is counted  # some routers count for themselves
+        if self.training and allocator is not None and allocator.counts and unseen:
+            view.count(route.load(view.mask))
         if view.tape.with_terms:
             for name, loss in self.losses.items():
                 view.add(name, loss(route, view.only(loss.tokens)))

@@ -190,7 +190,7 @@ def weighted_sum(model: RoutedModel, terms: dict[str, Tensor]) -> Tensor | None:
 
 
 def after_step(model: RoutedModel) -> None:
-    """Hand every router the load counted since the last optimiser step, summed over processes. Idempotent.
+    """Hand every router and allocator the load counted since the last optimiser step, over processes. Idempotent.
 
     Called by itself after each step of a torch optimiser that holds parameters of the model.
     """
@@ -203,7 +203,12 @@ def after_step(model: RoutedModel) -> None:
         sizes = [len(kept[index]) for index in sorted(kept)]
         kept.update(zip(sorted(kept), flat.split(sizes), strict=True))
     loads: dict[Router, Tensor] = {}  # a router may serve several layers
+    blocks = {model.moelora.sites[index].parent: load for index, load in kept.items()}  # one route for a whole block
     for layer in routed_layers(model):
+        if layer.experts.allocator is not None and layer.experts.allocator.counts:
+            load = kept.get(layer.site.index, blocks.get(layer.site.parent))
+            if load is not None:
+                layer.experts.allocator.count(load.to(layer.experts.scale.device))
         if layer.site.index in kept:
             load, router = kept[layer.site.index], layer.router
             loads[router] = loads[router] + load.to(loads[router].device) if router in loads else load

@@ -26,13 +26,16 @@ class Ranks(ExactBuffers, Stepped, ABC):
     layer's own is ``layer.experts.allocator``, and its parameters are named ``allocator.NAME`` there.
 
     needs: what it needs of the experts, see ``Experts.gives``. starts: whether it sets lora_A and lora_B itself, in
-        ``fill``, and goes by their gradients: all three are trained. power: the scale is lora_alpha over the rank to
-        this power, one half with use_rslora.
+        ``fill``, and goes by their gradients, so that both are trained. counts: whether it wants to know how many
+        tokens got to each of its experts. power: the scale is lora_alpha over the rank to this power, one half with
+        use_rslora.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("own_A",)
     starts: ClassVar[bool] = False
+    counts: bool = False
     power: float = 1.0
+    load: Tensor | None = None
 
     def __init__(self, site: Site, num_experts: int, r: int) -> None:
         super().__init__()
@@ -46,6 +49,20 @@ class Ranks(ExactBuffers, Stepped, ABC):
 
     def plan(self, others: Sequence[Ranks]) -> None:
         """Called on the first site's with all sites', itself first, when all have begun, under no_grad."""
+
+    def count(self, load: Tensor) -> None:
+        """Where it ``counts``: called before ``after_step`` with how many tokens of the step, over all processes, chose
+        each unit [G] of the router."""
+        self.load = load
+
+    def shares(self) -> Tensor:
+        """[R] how many tokens of this step got to each rank, 1 being the mean over the layer. What gradients say of an
+        expert is divided by it, or experts for rare tokens would look unimportant. 1 where there is no such count."""
+        load, self.load = self.load, None
+        if load is None:
+            return torch.ones(self.num_experts * self.r)
+        share = load / load.mean().clamp(min=1e-12)
+        return torch.where(share > 0, share, 1).repeat_interleave(self.num_experts * self.r // len(load))
 
     @abstractmethod
     def forward(self, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,6 +88,21 @@ class Ranks(ExactBuffers, Stepped, ABC):
         """The scale [R] of experts of these ranks [E] in place of r."""
         change = (self.r / ranks) ** self.power
         return scale * change.to(scale.dtype).repeat_interleave(self.r)
+
+
+@torch.no_grad()
+def smoothed(state: dict[str, Tensor], key: str, share: Tensor, live: Tensor, betas: tuple[float, float]) -> Tensor:
+    """Importance of numbers, from what they were worth in this step: I = ``key.now`` of the state, over their share.
+
+    mean <- b1 mean + (1 - b1) I,  uncertainty <- b2 uncertainty + (1 - b2) |I - mean|;  given is their product.
+    Both stay in the state, and as they are for ranks that are not live: which no token used in this step.
+    """
+    now = state.pop(f"{key}.now") / share.to(live.device)
+    mean, unsure = (state.get(f"{key}.{part}", torch.zeros_like(now)) for part in ("mean", "uncertainty"))
+    new = betas[0] * mean + (1 - betas[0]) * now
+    state[f"{key}.mean"] = torch.where(live, new, mean)
+    state[f"{key}.uncertainty"] = torch.where(live, betas[1] * unsure + (1 - betas[1]) * (now - new).abs(), unsure)
+    return state[f"{key}.mean"] * state[f"{key}.uncertainty"]
 
 
 def masked(A: Tensor, B: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
