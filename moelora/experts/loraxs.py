@@ -8,7 +8,7 @@ formulas from the released code. With W ~ U S V^T, its r largest singular values
 Shapes: basis_A (A) [r, D], basis_B (B) [O, r], one pair for all experts of a layer, zero beyond min(O, D) directions;
 middle (M) [E, r, r], all that is trained: E r^2 parameters. M ~ N(0, 1e-5^2) and M0 = 0: the model starts next to the
 base model, not on it. A, B and M0 (start_middle) are saved with the adapter, as large as one LoRA: loading needs no
-SVD, and an initialiser may put others in their place.
+SVD, and an initialiser may put others in their place (``init: lora_sb``).
 
 The SVD is randomised, as in the released code: 10 power iterations, 10 directions more than r, always the same seed.
 

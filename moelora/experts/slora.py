@@ -10,7 +10,7 @@ and B. At the start N is Kaiming-uniform as A is, N ~ U(-1/sqrt(r), 1/sqrt(r)), 
 base model. Initialisers of A and B leave N alone, but for those that say so.
 
 ``experts: {train: middle}`` is the paper's IntTune: N alone is trained. B = 0 would then stay zero, and N have no
-gradient: A and B have to come from an initialiser that sets both, such as the paper's from slices of W.
+gradient: A and B have to come from an initialiser that sets both, such as the paper's, ``init: nystrom``.
 
 Recipe line: ``experts: {name: slora, num_experts: 8, r: 8, lora_alpha: 8}`` with ``router: {name: meteora}``
 """

@@ -16,7 +16,7 @@ Differences from the paper: it has no scale; lora_alpha: r is the same. It draws
 equal shares are those of the released code and PEFT. Defaults are PEFT's, whose assignment for a seed is another; the
 authors have 23,040 entries for RoBERTa-large and 524,288 for Gemma-7B.
 
-Recipe line: ``experts: {name: unilora, num_experts: 8, r: 4, lora_alpha: 4, theta_d_length: 4096}``
+Recipe line: ``experts: {name: unilora, num_experts: 8, r: 4, lora_alpha: 4, theta_d_length: 1024}``
 """
 
 from __future__ import annotations
