@@ -15,9 +15,11 @@ class Start:
 
     weight: gives W [O, D], float32 at least, dequantised where the layer is quantised; a copy. gradient: where the
     initialiser ``probes`` gradients, gives that of the loss in W [O, D], the mean over the probe's batches. seen: where
-    it probes inputs, what its ``watch`` gave for this site.
+    it probes inputs, what its ``watch`` gave for this site. full: where it probes weights, gives W as it was before the
+    layer was quantised.
     """
 
     weight: Callable[[], Tensor]
     gradient: Callable[[], Tensor] | None = None
     seen: Any = None
+    full: Callable[[], Tensor] | None = None

@@ -19,15 +19,18 @@ class Init(ABC):
     moves: experts start from factors whose product is not zero. A copy of these is kept, frozen, and subtracted, so
         that every expert's update is zero at the start, whatever the gates: s (B A - B0 A0). It needs experts that own
         their A ("own_A"). An option may decide it: ``self.moves = ...`` in ``__init__``.
-    probes: what it needs of some batches of data: ``"gradients"`` of the base weights, or layers' ``"inputs"``.
+    probes: what it needs besides the base's weights: from some batches of data ``"gradients"`` of these, or layers'
+        ``"inputs"``; or of a quantised base the ``"weights"`` as they were.
     batches: how many batches it looks at, at most. batch_size: how many rows each has where ``moelora train`` makes
         them, whatever a step of training takes, so that any number of processes starts alike.
     tokens: whose inputs it looks at: of all tokens but padding, or of ``"answers"``, those with a label; without labels
         [B, S] these are all.
+    routers: the only routers it makes sense with; none named: any.
     """
 
     moves: bool = False
-    probes: ClassVar[Literal["gradients", "inputs"] | None] = None
+    probes: ClassVar[Literal["gradients", "inputs", "weights"] | None] = None
+    routers: ClassVar[tuple[str, ...]] = ()
     batches: int = 8
     batch_size: int = 8
     tokens: Literal["all", "answers"] = "all"

@@ -41,6 +41,7 @@ def adapt(
     plugins: Iterable[str | Path] = (),
     verbose: bool = True,
     batches: Iterable[Batch] | None = None,
+    full: nn.Module | None = None,
     blank: bool = False,
 ) -> Base:
     """Freeze ``model``, give its target layers experts and routers, and return it: the same object, still its own
@@ -48,29 +49,28 @@ def adapt(
 
     config: an AdapterConfig, a dict, or the path of a YAML file with the same keys. plugins: files with methods of your
     own. verbose: print what was adapted. batches: the model's inputs with labels, for an ``init`` that looks at data;
-    it takes the first few (see ``moelora.model.probe`` for the cost). blank: the experts are filled from a checkpoint
-    afterwards, so no weight is decomposed and no batch looked at. New parameters are float32 (float64 in a float64
-    model) on the device of their layer. Raises ConfigError or TargetError, and then leaves the model as it was.
+    it takes the first few (see ``moelora.model.probe`` for the cost). full: the base unquantised, for ``init: loftq``;
+    processes other than the first need none. blank: the experts are filled from a checkpoint afterwards, so no weight
+    is decomposed and no batch looked at. New parameters are float32 (float64 in a float64 model) on the device of their
+    layer. Raises ConfigError or TargetError, and then leaves the model as it was.
 
         model = moelora.adapt(model, {"router": {"name": "smora", "top_k": 8}, "experts": {"r": 64}})
     """
     methods = Methods(plugins)
     resolved = resolve(config, methods)
     sources = open_sources(resolved.experts.adapters)
-    full = full_modules(model, sources, resolved)
+    modules = full_modules(model, sources, resolved)
     init = build_init(resolved, methods)
-    if init.probes is not None and batches is None and not blank:
-        raise ConfigError(
-            f"init {resolved.init['name']} looks at data: give moelora.adapt some batches=[...] of the model's inputs, "
-            "with labels; moelora train takes them from the recipe's data"
-        )
+    probe = None
+    if init.probes is not None and not blank:
+        probe = Probe(model, init, resolved.init["name"], batches, full)
 
     def start(layers: dict[str, RoutedLinear]) -> None:
         if blank:
             for layer in layers.values():
-                _empty(layer)
+                empty(layer)
         else:
-            _begin_all(model, layers, init, resolved.init["name"], batches, bool(sources))
+            _begin_all(layers, init, probe, bool(sources))
             plan_ranks(layers)
         if sources:
             fill_experts(model, layers, sources, resolved)
@@ -82,7 +82,7 @@ def adapt(
     record = attach(model, pinned(resolved, sources), methods, start)
     record.pins = [source.pin for source in sources]
     warn_of_other_bases(sources, model, record.fingerprint)
-    fill_saved(model, full)
+    fill_saved(model, modules)
     if verbose and main_process():
         print_table(model)
     return model
@@ -143,25 +143,24 @@ def attach(
     return record
 
 
-def _begin_all(
-    model: nn.Module,
-    layers: dict[str, RoutedLinear],
-    init: Init,
-    name: str,
-    batches: Iterable[Batch] | None,
-    filled: bool,
-) -> None:
+def _begin_all(layers: dict[str, RoutedLinear], init: Init, probe: Probe | None, filled: bool) -> None:
     """Give all experts their first values; those of all processes are the first one's where they are computed."""
-    probe = None if init.probes is None or batches is None else Probe(model, init, name, layers, batches)
-    slow = (init.moves or probe is not None) and len(layers) > 16 and main_process()
-    for layer in tqdm(layers.values(), desc=f"Starting experts ({name})", leave=False, disable=not slow):
-        begin(layer, init, probe, filled and is_lora(layer.experts))
-    if init.moves or probe is not None:
+    computed = init.moves or probe is not None
+    if probe is not None:
+        probe.look(layers)
+    slow = computed and len(layers) > 16 and main_process()
+    for layer in tqdm(layers.values(), desc="Starting experts", leave=False, disable=not slow):
+        if probe is not None and probe.elsewhere:
+            empty(layer)
+        else:
+            begin(layer, init, probe, filled and is_lora(layer.experts))
+    if computed:
         share(layers.values())
 
 
 @torch.no_grad()
-def _empty(layer: RoutedLinear) -> None:
+def empty(layer: RoutedLinear) -> None:
+    """Zero all that a layer's experts have."""
     for value in layer.experts.state_dict().values():
         value.zero_()
 

@@ -23,6 +23,9 @@ from moelora.core.tape import Site, Tape, View
 from moelora.init.base import Init
 from moelora.model.inputs import masks_of, two_streams
 from moelora.model.layer import RoutedLinear
+from moelora.model.quantised import form
+from moelora.model.record import main_process
+from moelora.model.sources import dense_weight
 
 Batch = Mapping[str, Any]
 
@@ -31,13 +34,25 @@ class Probe:
     """The base model, without experts yet, on the first ``init.batches`` of some batches.
 
     name: what a recipe calls the initialiser. batches: the model's own inputs, with labels where gradients are probed;
-    ``task_ids`` are left out. Raises ConfigError for a model that cannot run yet, and for no batch.
+    ``task_ids`` are left out. full: the same model unquantised, where its weights are probed. elsewhere: whether the
+    first process has these. Raises ConfigError where what is needed is not there, and for a model that cannot run yet.
     """
 
     def __init__(
-        self, model: nn.Module, init: Init, name: str, layers: Mapping[str, RoutedLinear], batches: Iterable[Batch]
+        self, model: nn.Module, init: Init, name: str, batches: Iterable[Batch] | None, full: nn.Module | None
     ) -> None:
-        self.model, self.init, self.name = model, init, name
+        self.model, self.init, self.name, self.full = model, init, name, full
+        self.elsewhere = init.probes == "weights" and full is None and not main_process()
+        self.seen: dict[str, Any] = {}
+        self.batches: list[dict[str, Any]] = []
+        if init.probes == "weights":
+            self._check_weights()
+            return
+        if batches is None:
+            raise ConfigError(
+                f"init {name} looks at data: give moelora.adapt some batches=[...] of the model's inputs, with labels; "
+                "moelora train takes them from the recipe's data"
+            )
         if any(hasattr(p, "ds_id") for p in model.parameters()):
             raise ConfigError(
                 f"init {name} runs the base model before training begins, and ZeRO-3 has taken its weights apart; use "
@@ -46,13 +61,37 @@ class Probe:
         self.batches = [_on(model, batch) for batch in itertools.islice(batches, init.batches)]
         if not self.batches:
             raise ConfigError(f"init {name} looks at batches of data, and there is none in what was given")
-        self.seen = self._inputs(layers) if init.probes == "inputs" else {}
+
+    def look(self, layers: Mapping[str, RoutedLinear]) -> None:
+        """See what has to be seen of all layers at once."""
+        if self.init.probes == "inputs":
+            self.seen = self._inputs(layers)
 
     def start(self, layer: RoutedLinear, weight: Callable[[], Tensor]) -> Start:
         """What a layer's experts may start from. weight: of its base layer."""
+        site = layer.site
         if self.init.probes == "inputs":
-            return Start(weight, seen=self.seen[layer.site.name])
-        return Start(weight, gradient=lambda: self._gradient(layer.base_layer, layer.site))
+            return Start(weight, seen=self.seen[site.name])
+        if self.init.probes == "gradients":
+            return Start(weight, gradient=lambda: self._gradient(layer.base_layer, site))
+        assert self.full is not None
+        before = self.full.get_submodule(site.name)
+        return Start(weight, full=lambda: dense_weight(before).clone())
+
+    def _check_weights(self) -> None:
+        if not any(form(p) is not None for p in self.model.parameters()):
+            raise ConfigError(
+                f"init {self.name} makes up for what quantising has lost, and this base is not quantised; add "
+                "quantization_config to the recipe, or take another init"
+            )
+        if self.elsewhere:
+            return
+        if self.full is None or any(form(p) is not None for p in self.full.parameters()):
+            found = "nothing" if self.full is None else "a quantised model (its own checkpoint is)"
+            raise ConfigError(
+                f"init {self.name} compares the base with what it was: give moelora.adapt the unquantised model, "
+                f"full=...; found {found}"
+            )
 
     def _gradient(self, base_layer: nn.Module, site: Site) -> Tensor:
         """G [O, D], the mean over the batches of the gradient of their loss; float32 at least."""

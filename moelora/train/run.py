@@ -78,8 +78,8 @@ def train(
     chat = uses_chat(tokenizer, recipe.data.chat_template)
     rows = as_trl(mix(tasks, recipe.data.temperature, arguments.seed), chat)
     held_out = eval_rows(tasks, chat)
-    batches = None if checkpoint else probe_batches(recipe, model, tokenizer, rows, plugins)
-    adapt(model, recipe.adapter, plugins=plugins, batches=batches, blank=checkpoint is not None)
+    known = {} if checkpoint else to_probe(recipe, model, tokenizer, rows, plugins)
+    adapt(model, recipe.adapter, plugins=plugins, blank=checkpoint is not None, **known)
     recipe = recipe.model_copy(update={"adapter": adaptation(model).config})  # hub ids are pinned now
     _check_tasks(model, tasks)
 
@@ -117,24 +117,27 @@ def train(
     return result
 
 
-def probe_batches(
+def to_probe(
     recipe: Recipe,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: datasets.Dataset,
     plugins: Iterable[str | Path] = (),
-) -> list[dict[str, Any]] | None:
-    """The first training rows as batches, the same in all processes, for an init that looks at data; else None.
+) -> dict[str, Any]:
+    """What an init looks at besides the base's weights, for ``adapt``: the first training rows in batches, the same in
+    all processes, or the base unquantised, in the first process.
 
-    The model is put where it is trained, since such an init runs it.
+    A model that such an init runs is put where it is trained.
     """
     init = build_init(recipe.adapter, Methods(plugins))
     if init.probes is None:
-        return None
+        return {}
+    if init.probes == "weights":
+        return {"full": load_base(recipe.model_copy(update={"quantization_config": None}))[0]} if main_process() else {}
     arguments = sft_config(recipe)
     if not getattr(model, "is_quantized", False):  # which is there already
         model.to(arguments.device)  # type: ignore[arg-type]
-    return Preparation(tokenizer, arguments).batches(rows, init.batches, init.batch_size)
+    return {"batches": Preparation(tokenizer, arguments).batches(rows, init.batches, init.batch_size)}
 
 
 def sft_config(recipe: Recipe) -> SFTConfig:

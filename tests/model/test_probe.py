@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
 
 import moelora
 from moelora.core.errors import ConfigError
+from moelora.model.base import load_model
+from moelora.model.quantised import form, steady
 from moelora.model.record import routed_layers
+from moelora.model.sources import dense_weight
 from tests import tiny
 
 INIT = """
@@ -92,6 +96,21 @@ def test_gradients_of_a_half_precision_base_are_float32(plugin: Any) -> None:
     for name, G in found.items():
         assert G.dtype == torch.float32
         assert float((G - exact[name]).norm() / exact[name].norm()) < 0.05
+
+
+def test_gradients_of_a_quantised_base_are_those_beside_its_rounded_weights(plugin: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    small = load_model("moelora/tiny", dtype=torch.float32, quantization_config=how, device_map={"": "cpu"})
+    other, given = load_model("moelora/tiny", dtype=torch.float32), {"input_ids": torch.arange(5, 37).view(2, 16)}
+    steady(small)
+    for name, module in other.named_modules():
+        if form(small.get_submodule(name).weight if isinstance(module, nn.Linear) else torch.empty(0)) is not None:
+            module.weight.data = dense_weight(small.get_submodule(name))
+    found = probed(small, plugin(), [{**given, "labels": given["input_ids"]}], ["q_proj", "down_proj"])
+    expected = probed(other, plugin(), [{**given, "labels": given["input_ids"]}], ["q_proj", "down_proj"])
+    for name, G in found.items():
+        assert float((G - expected[name]).norm() / expected[name].norm()) < 1e-3
 
 
 def test_the_base_model_is_left_as_it_was_and_one_gradient_is_held_at_a_time(plugin: Any, monkeypatch: Any) -> None:

@@ -36,6 +36,8 @@ def case(axis: str, name: str, out: Path, **more: Any) -> dict[str, Any]:
         f"{'' if key == 'optim' else 'adapter.'}{key}={yaml.safe_dump(value, default_flow_style=True, width=9999)}"
         for key, value in sections.items()
     ]
+    if name == "loftq":
+        overrides += ["quantization_config={load_in_4bit: true, bnb_4bit_quant_type: nf4}", "training.use_cpu=true"]
     saved = [f"training.max_steps={STEPS}", "training.save_strategy=steps", f"training.save_steps={STEPS // 2}"]
     return {"recipe": "meteora", "overrides": [*overrides, *saved], "out": str(out), **more}
 
