@@ -35,10 +35,7 @@ from moelora.core.errors import ConfigError
 from moelora.core.start import Start
 from moelora.core.step import Now, Trained
 from moelora.core.tape import Site
-from moelora.ranks.base import Ranks, smoothed
-
-PARTS = ("lora_A", "lora_B", "allocator.E")
-Beta = Annotated[float, Field(gt=0, lt=1)]
+from moelora.ranks.base import PARTS, Beta, Count, Ranks, smoothed
 
 
 class AdaLoRA(Ranks):
@@ -54,10 +51,10 @@ class AdaLoRA(Ranks):
         num_experts: int,
         r: int,
         *,
-        target_r: Annotated[int, Field(ge=1)] | None = None,
+        target_r: Count | None = None,
         tinit: Annotated[int, Field(ge=0)] = 0,
         tfinal: Annotated[int, Field(ge=0)] = 0,
-        deltaT: Annotated[int, Field(ge=1)] = 1,
+        deltaT: Count = 1,
         beta1: Beta = 0.85,
         beta2: Beta = 0.85,
         per_token: bool = True,
@@ -72,10 +69,6 @@ class AdaLoRA(Ranks):
 
     def begin(self, start: Start) -> None:
         nn.init.zeros_(self.E)
-
-    def fill(self, experts: nn.Module) -> None:
-        for half in ("lora_A", "lora_B"):
-            nn.init.normal_(experts.get_parameter(half), std=0.02)
 
     def forward(self, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return A, B * (self.E * self.mask).to(B.dtype), scale

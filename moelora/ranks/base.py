@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar, Final
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from moelora.core.errors import ConfigError
 from moelora.core.module import ExactBuffers
 from moelora.core.start import Start
-from moelora.core.step import Stepped
+from moelora.core.step import Stepped, Trained
 from moelora.core.tape import Site
+
+PARTS: Final = ("lora_A", "lora_B", "allocator.E")
+"""What is trained where something diagonal stands between A and B."""
+Count = Annotated[int, Field(ge=1)]
+Beta = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Ranks(ExactBuffers, Stepped, ABC):
@@ -25,10 +31,10 @@ class Ranks(ExactBuffers, Stepped, ABC):
     in ``begin_step``, ``before_step`` and ``after_step`` of ``Stepped``, called on the first site's for all of them; a
     layer's own is ``layer.experts.allocator``, and its parameters are named ``allocator.NAME`` there.
 
-    needs: what it needs of the experts, see ``Experts.gives``. starts: whether it sets lora_A and lora_B itself, in
-        ``fill``, and goes by their gradients, so that both are trained. counts: whether it wants to know how many
-        tokens got to each of its experts. power: the scale is lora_alpha over the rank to this power, one half with
-        use_rslora.
+    needs: what it needs of the experts, see ``Experts.gives``. starts: whether it sets lora_A and lora_B in ``fill``,
+        by chance with a standard deviation of 0.02, and goes by their gradients, so that both are trained. counts:
+        whether it wants to know how many tokens got to each of its experts. power: the scale is lora_alpha over the
+        rank to this power, one half with use_rslora.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("own_A",)
@@ -46,6 +52,8 @@ class Ranks(ExactBuffers, Stepped, ABC):
 
     def fill(self, experts: nn.Module) -> None:
         """Where it ``starts`` them: set the experts' lora_A and lora_B, under no_grad, after the initialiser."""
+        for half in PARTS[:2] if self.starts else ():
+            nn.init.normal_(experts.get_parameter(half), std=0.02)
 
     def plan(self, others: Sequence[Ranks]) -> None:
         """Called on the first site's with all sites', itself first, when all have begun, under no_grad."""
@@ -103,6 +111,15 @@ def smoothed(state: dict[str, Tensor], key: str, share: Tensor, live: Tensor, be
     state[f"{key}.mean"] = torch.where(live, new, mean)
     state[f"{key}.uncertainty"] = torch.where(live, betas[1] * unsure + (1 - betas[1]) * (now - new).abs(), unsure)
     return state[f"{key}.mean"] * state[f"{key}.uncertainty"]
+
+
+def shorten(layer: Trained, parts: Mapping[str, Tensor]) -> None:
+    """Make the step that was taken shorter, each rank's to a part [R] of it, where the state has ``NAME.old``."""
+    for name, part in parts.items():
+        old = layer.state.pop(f"{name}.old", None)
+        if old is not None:
+            part = part.to(old).unsqueeze(1) if name == "lora_A" else part.to(old)
+            layer.set_value(name, torch.lerp(old, layer.value(name), part))
 
 
 def masked(A: Tensor, B: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from moelora.core.step import Now, Trained
 from moelora.core.tape import Site
-from moelora.ranks.base import Ranks, learning, masked
+from moelora.ranks.base import Count, Ranks, learning, masked
 
 
 class DyLoRA(Ranks):
@@ -52,9 +52,9 @@ class DyLoRA(Ranks):
         r: int,
         *,
         frozen: bool = True,
-        r_min: Annotated[int, Field(ge=1)] = 1,
+        r_min: Count = 1,
         per_expert: bool = False,
-        eval_rank: Annotated[int, Field(ge=1)] | None = None,
+        eval_rank: Count | None = None,
         seed: Annotated[int, Field(ge=0)] = 0,
     ) -> None:
         super().__init__(site, num_experts, r)

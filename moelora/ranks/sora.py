@@ -36,7 +36,7 @@ from moelora.core.errors import ConfigError
 from moelora.core.start import Start
 from moelora.core.step import Now, Trained
 from moelora.core.tape import Site
-from moelora.ranks.base import Ranks
+from moelora.ranks.base import Count, Ranks
 
 GATE = "allocator.gate"
 
@@ -57,7 +57,7 @@ class SoRA(Ranks):
         xi: Annotated[float, Field(ge=0)] = 0.4,
         times_lr: bool = True,
         official: bool = False,
-        stages: Annotated[int, Field(ge=1)] = 1,
+        stages: Count = 1,
         first: Annotated[float, Field(ge=0)] = 0.0,
         schedule: Literal["linear", "log_linear", "exp_linear"] = "linear",
     ) -> None:

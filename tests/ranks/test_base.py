@@ -18,9 +18,9 @@ from tests.ranks.runs import Run, experts_of, model_with
 from tests.tools.test_export import CLOSE, in_peft, logits, only
 
 NAMES = [name for name in Methods().names("ranks") if name != "full"]
-OPTIONS: dict[str, dict[str, Any]] = {}
+OPTIONS: dict[str, dict[str, Any]] = {"increlora": {"warmup": 1, "interval": 1, "target_r": 3}}
 """What makes a method act within three steps."""
-QUIET: dict[str, dict[str, Any]] = {"adalora": {"tinit": 5}}
+QUIET: dict[str, dict[str, Any]] = {"adalora": {"tinit": 5}, "increlora": {"warmup": 5}}
 """What keeps it from sharing out ranks anew for as long: any expert may lose or win some, used or not."""
 
 
