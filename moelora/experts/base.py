@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moelora.core.errors import ConfigError
 from moelora.core.factors import Factors
@@ -39,6 +40,8 @@ class Experts(ExactBuffers, Stepped, ABC):
     whole: whether they make something of the base layer's output (``Factors.stretch``), for which they need the gate of
         a whole expert, beside a single layer.
     start_A, start_B: the factors at the start, [R, D] and [O, R], where their update is subtracted, else None.
+    fixed_A, fixed_B: an update [q, D], [O, q] that every token gets, whatever its gates, and that is part of the base
+        layer then; it never trains. None without.
     affine: (rows [N, D] W^T, the bias [O] or None) of the base layer, without gradients; given by the layer.
 
     Experts that started from adapters may differ from each other, and have more than low-rank factors:
@@ -58,6 +61,8 @@ class Experts(ExactBuffers, Stepped, ABC):
     scale: Tensor
     start_A: Tensor | None
     start_B: Tensor | None
+    fixed_A: Tensor | None
+    fixed_B: Tensor | None
     present: Tensor | None
     used: Tensor | None
     stretch: Tensor | None
@@ -73,8 +78,8 @@ class Experts(ExactBuffers, Stepped, ABC):
         for name in ("present", "used", "stretch", "shift"):
             self.register_buffer(name, None, persistent=False)
         self.allocator: Any = None
-        self.register_buffer("start_A", None)
-        self.register_buffer("start_B", None)
+        for name in ("start_A", "start_B", "fixed_A", "fixed_B"):
+            self.register_buffer(name, None)
 
     def meet(self, others: Sequence[Experts]) -> None:
         """Called on the first site's experts with all sites', itself first: for what a whole model has once."""
@@ -150,6 +155,12 @@ class Experts(ExactBuffers, Stepped, ABC):
         if self.stretch is not None:
             B = B * (1 + self.stretch.t()).repeat_interleave(self.r, 1)  # float32 at least, whatever the files have
         return replace(factors, B=B, stretch=self.stretch, shift=self.shift)
+
+    def under(self, x: Tensor, y: Tensor) -> Tensor:
+        """The base layer's output y [..., O] of x [..., D], with the update that every token gets."""
+        if self.fixed_A is None or self.fixed_B is None:
+            return y
+        return y + F.linear(F.linear(x, self.fixed_A.to(x.dtype)), self.fixed_B.to(x.dtype)).to(y.dtype)
 
     def admit(self, route: Route) -> Route:
         """The route with the gates of absent experts spread over the present ones, in proportion; their sum stays."""

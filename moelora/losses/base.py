@@ -17,7 +17,8 @@ from moelora.core.term import Product
 class Loss(ABC):
     """A scalar per site from its route; the reported term is the mean over sites, in float32.
 
-    needs: the optional fields of ``Route`` and ``Factors`` that the term reads; a router or experts without them are
+    needs: the optional fields of ``Route`` and ``Factors`` that the term reads, what it needs of experts
+        (``Experts.gives``), and their parameters (``Factors.parts``) by name; a router or experts without them are
         refused before training.
     expert_per_task: expert i stands for task i, so there must be as many experts as tasks.
     anchored: it reads ``view.factors.anchors``, the experts as they were at the start.

@@ -321,7 +321,8 @@ def _refuse_unfit_experts(router: Router, experts: Experts, config: AdapterConfi
 
 
 def _refuse_blind_loss(name: str, loss: Loss, router: Router, experts: Experts, config: AdapterConfig) -> None:
-    missing = [need for need in loss.needs if need not in router.gives + experts.gives]
+    here = {*router.gives, *experts.gives, *(name for name, _ in experts.named_parameters(recurse=False))}
+    missing = [need for need in loss.needs if need not in here]
     if missing:
         raise ConfigError(
             f"losses.{name} reads {' and '.join(missing)}, which neither router '{config.router['name']}' nor experts "

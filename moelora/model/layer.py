@@ -85,11 +85,12 @@ class RoutedLinear(nn.Module):
         return self._exact(self._updated, x, y, x) if self.port.enabled else y
 
     def _base(self, x: Tensor) -> Tensor:
-        """The base layer's output, by its weight and noise."""
+        """The base layer's output, as the experts stand on it: with what every token gets, and by a noisy weight."""
         y: Tensor = self.base_layer(x)
-        if self.noise is None or not self.training or not self.port.enabled:
+        if not self.port.enabled:
             return y
-        return y + noisy(x.to(y.dtype), *self.noise)
+        y = self.experts.under(x, y)
+        return y if self.noise is None or not self.training else y + noisy(x.to(y.dtype), *self.noise)
 
     @staticmethod
     def _exact(compute: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:

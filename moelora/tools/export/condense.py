@@ -31,7 +31,7 @@ from moelora.model.layer import RoutedLinear
 from moelora.model.record import routed_layers
 from moelora.ops import reference
 from moelora.ops.project import Image
-from moelora.tools.export.plain import PlainLoRA, fold
+from moelora.tools.export.plain import PlainLoRA, fold, with_fixed
 
 Batches = Iterable[Mapping[str, Any]]
 Own = Callable[..., Tensor]
@@ -42,7 +42,7 @@ FITS = ("least_squares", "average")
 @dataclass(frozen=True)
 class Seen:
     """One call of a layer's experts, valid tokens only. x: [T, D] what a single LoRA would be given. given: [T, k, D]
-    where every chosen expert had a token of its own, else x. update: [T, O], what the experts made of it."""
+    where every chosen expert had a token of its own, else x. update: [T, O], what the base layer's output got."""
 
     x: Tensor
     given: Tensor
@@ -119,7 +119,7 @@ def candidates(model: nn.Module, batches: Batches) -> dict[str, dict[str, PlainL
     if unseen:
         raise DataError(f"no probe token reached '{unseen[0]}'; give other probe data (--probe FILE)")
     return {
-        "least_squares": {path: found.least_squares() for path, found in sums.items()},
+        "least_squares": {path: with_fixed(found.layer.experts, found.least_squares()) for path, found in sums.items()},
         "average": {path: found.average() for path, found in sums.items()},
     }
 
@@ -162,7 +162,7 @@ def watching(model: nn.Module, batch: Mapping[str, Any], see: Callable[[RoutedLi
         weight = route.weight.unsqueeze(-1)
         mean = given if given.dim() == 2 else (given * weight.to(given)).sum(1)
         summed = update if update.dim() == 2 else (update * weight.to(update)).sum(1)
-        see(layer, Seen(mean, given, route, summed))
+        see(layer, Seen(mean, given, route, layer.experts.under(mean, summed)))
         return whole
 
     with _in_place_of_experts(model, watch):
@@ -176,11 +176,14 @@ def replaced(model: nn.Module, loras: Mapping[str, PlainLoRA]) -> Iterator[None]
     def alone(
         layer: RoutedLinear, _: Own, x: Tensor, decide: Decide, rest: tuple[Any, ...], image: Image | None
     ) -> Tensor:
-        lora, route = loras[layer.site.name], decide(layer.experts.composed(), image or Image(x))
-        if rest == ("each",):  # the copies of a feed-forward block are all the same
+        route = decide(layer.experts.composed(), image or Image(x))
+        token = x if x.dim() == 2 else x[:, 0]  # the copies of a feed-forward block are all the same
+        update = loras[layer.site.name](token)
+        update = update - layer.experts.under(token, torch.zeros_like(update))  # the layer adds that itself
+        if rest == ("each",):
             assert route.index is not None
-            return lora(x).unsqueeze(1).expand(-1, route.index.shape[1], -1)
-        return lora(x if x.dim() == 2 else x[:, 0])
+            return update.unsqueeze(1).expand(-1, route.index.shape[1], -1)
+        return update
 
     with _in_place_of_experts(model, alone):
         yield

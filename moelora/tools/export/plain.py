@@ -85,9 +85,23 @@ class PlainLoRA:
         return PlainLoRA(A.to(wide), B.to(wide)), error
 
 
-@torch.no_grad()
 def fold(experts: Experts, gates: Tensor) -> PlainLoRA:
-    """The update of experts whose gates [G] are the same for every token; scale 1."""
+    """The update of experts whose gates [G] are the same for every token, with what every token gets; scale 1."""
+    return with_fixed(experts, _folded(experts, gates))
+
+
+@torch.no_grad()
+def with_fixed(experts: Experts, lora: PlainLoRA) -> PlainLoRA:
+    """A LoRA and the update that every token gets (KaSA), which comes last."""
+    if experts.fixed_A is None or experts.fixed_B is None:
+        return lora
+    lora = lora.folded()
+    B = torch.cat([lora.B, experts.fixed_B.to(lora.B)], 1)
+    return PlainLoRA(torch.cat([lora.A, experts.fixed_A.to(lora.A)]), B)
+
+
+@torch.no_grad()
+def _folded(experts: Experts, gates: Tensor) -> PlainLoRA:
     factors = _factors(experts)
     A, B = factors.A, factors.B
     assert A is not None
@@ -109,6 +123,10 @@ def fold(experts: Experts, gates: Tensor) -> PlainLoRA:
 @torch.no_grad()
 def single_expert(experts: Experts, index: int) -> PlainLoRA:
     """One expert alone, its gate 1: its own tensors and its own scale. All its ranks, for routers of single ranks."""
+    return with_fixed(experts, _alone(experts, index))
+
+
+def _alone(experts: Experts, index: int) -> PlainLoRA:
     vectors, count = experts.own_vectors(index), experts.num_experts
     factors = _factors(experts, finished=not vectors)
     A, B, scale = factors.A, factors.B, factors.scale
@@ -180,7 +198,7 @@ def expert_error(layer: RoutedLinear, index: int, lora: PlainLoRA | None) -> flo
     That is close to the relative error of the weights (Frobenius norm). Where the update is zero, ||difference||.
     """
     x, route = random_tokens(layer), one_hot(layer, index, RANDOM)
-    update = layer.experts(x, lambda *_: route)
+    update = layer.experts.under(x, layer.experts(x, lambda *_: route))
     if lora is None or not lora.vectors:
         return _relative(torch.zeros_like(update) if lora is None else lora(x), update)
     weight, bias = dense_weight(layer.base_layer).to(x), bias_of(layer.base_layer)
