@@ -151,6 +151,7 @@ def sft_config(recipe: Recipe) -> SFTConfig:
         "dataloader_pin_memory": gpu,
         "use_cpu": not torch.accelerator.is_available(),
         "gradient_checkpointing": gpu,
+        "ddp_broadcast_buffers": False,  # all processes have the same, and some are large
         "ddp_find_unused_parameters": False,  # experts of a layer are one tensor, which always takes part
     }
     given = {**fitting, **recipe.training}
