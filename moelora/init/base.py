@@ -25,12 +25,10 @@ class Init(ABC):
         them, whatever a step of training takes, so that any number of processes starts alike.
     tokens: whose inputs it looks at: of all tokens but padding, or of ``"answers"``, those with a label; without labels
         [B, S] these are all.
-    routers: the only routers it makes sense with; none named: any.
     """
 
     moves: bool = False
     probes: ClassVar[Literal["gradients", "inputs", "weights"] | None] = None
-    routers: ClassVar[tuple[str, ...]] = ()
     batches: int = 8
     batch_size: int = 8
     tokens: Literal["all", "answers"] = "all"
@@ -38,6 +36,9 @@ class Init(ABC):
     @abstractmethod
     def __call__(self, experts: nn.Module, start: Start) -> None:
         """Set the parameters of ``experts`` in place, under no_grad. Parameters that are no factors are set already."""
+
+    def refuse(self, name: str, router: str) -> None:  # noqa: B027
+        """Raise ConfigError where it makes no sense with a router. name, router: what a recipe calls the two."""
 
     def watch(self, experts: nn.Module) -> tuple[Any, Callable[[Tensor], bool]]:
         """For ``probes = "inputs"``: what becomes ``Start.seen`` of one site, and what takes in its inputs [T, D] batch

@@ -37,14 +37,20 @@ from moelora.init.base import Init, halves, spectrum
 class LoftQ(Init):
     """niter: rounds of a randomised decomposition, for large layers; None is exact.
 
-    Raises ConfigError for experts that are not just A and B, and for more ranks than a layer has directions: min(O, D).
+    Raises ConfigError for a router other than single, for experts that are not just A and B, and for more ranks than a
+    layer has directions: min(O, D).
     """
 
     probes = "weights"
-    routers = ("single",)
 
     def __init__(self, *, niter: Annotated[int, Field(ge=1)] | None = None) -> None:
         self.niter = niter
+
+    def refuse(self, name: str, router: str) -> None:
+        if router != "single":
+            raise ConfigError(
+                f"init {name} corrects the base, which no gate may switch off; router '{router}' gates it"
+            )
 
     @torch.no_grad()
     def __call__(self, experts: Any, start: Start) -> None:

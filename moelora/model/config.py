@@ -150,11 +150,7 @@ def resolve(config: AdapterConfig | Mapping[str, Any] | str | Path, methods: Met
         }
     )
     init = build_init(filled, methods)
-    if init.routers and config.router["name"] not in init.routers:
-        raise ConfigError(
-            f"init {config.init['name']} is for router {' or '.join(init.routers)}, since no gate must change what it "
-            f"sets; found router '{config.router['name']}'"
-        )
+    init.refuse(config.init["name"], config.router["name"])
     if experts.adapters and (init.moves or init.probes is not None):
         raise ConfigError(f"experts.adapters fill A and B, and so would init {config.init['name']}; leave one out")
     built = sketch(filled, methods)

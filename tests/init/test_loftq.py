@@ -70,7 +70,7 @@ def test_a_layer_that_lost_nothing_starts_as_usual() -> None:
 
 
 def test_mixtures_and_too_many_ranks_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"init loftq is for router single, since no gate must .* router 'meteora'"):
+    with pytest.raises(ConfigError, match=r"init loftq corrects the base, which no gate may .* router 'meteora' gates"):
         moelora.adapt(tiny.llama(), {**CONFIG, "router": "meteora"}, verbose=False)
     with pytest.raises(ConfigError, match=r"init loftq takes 10 directions and 'layer' has 9; lower experts.r"):
         started(weight_of(12, 9), r=10)
