@@ -17,7 +17,6 @@ from moelora.core.errors import ConfigError
 from moelora.core.methods import Methods
 from moelora.core.validate import Strict, check, nearest
 from moelora.data.config import DataConfig
-from moelora.experts.base import Experts
 from moelora.model.base import TINY
 from moelora.model.config import AdapterConfig, build_init, named_method, resolve, sketch
 from moelora.model.quantised import Quantization
@@ -113,7 +112,9 @@ def check_recipe(content: Mapping[str, Any], where: str = "recipe", plugins: Ite
             )
     methods = Methods(plugins)
     optim, adapter = methods.check("optim", recipe.optim), resolve(recipe.adapter, methods)
-    _check_optim(methods.build("optim", optim), sketch(adapter, methods)[0][1], recipe.deepspeed)
+    method: Optim = methods.build("optim", optim)
+    method.check(sketch(adapter, methods)[0][1])
+    _check_optim(method, recipe)
     if stage == 3 and build_init(adapter, methods).probes is not None:
         raise ConfigError(
             f"init {adapter.init['name']} runs the base model before training begins, and ZeRO-3 has taken its weights "
@@ -175,13 +176,23 @@ def _set(content: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override '{override}': the value is not YAML: {error}") from None
 
 
-def _check_optim(method: Optim, experts: Experts, deepspeed: str | None) -> None:
-    method.check(experts)
-    own = {"optimizer", "scheduler"} & deepspeed_options(deepspeed).keys() if deepspeed is not None else set()
+def _check_optim(method: Optim, recipe: Recipe) -> None:
+    """Raise ConfigError where an engine would not do as the method says."""
+    options = {} if recipe.deepspeed is None else deepspeed_options(recipe.deepspeed)
+    own = {"optimizer", "scheduler"} & options.keys()
     if own and type(method).rate is not Optim.rate:
         raise ConfigError(
             f"optim {method.name} gives parameters learning rates of their own, which deepspeed's {min(own)} does not "
-            f"keep; leave {min(own)} out of {deepspeed}, and say it under training"
+            f"keep; leave {min(own)} out of {recipe.deepspeed}, and say it under training"
+        )
+    if (
+        recipe.training.get("fp16")
+        and not recipe.training.get("max_grad_norm", 1.0)
+        and method.overrides("before_step")
+    ):
+        raise ConfigError(
+            f"optim {method.name} reads gradients, which training.fp16 scales until they are clipped; leave "
+            "training.max_grad_norm at 1, or take bf16"
         )
 
 

@@ -10,6 +10,7 @@ from moelora.core.errors import ConfigError
 from moelora.optim.base import inverse
 from moelora.optim.lora_plus import LoRAPlus
 from moelora.optim.lora_pro import LoRAPro
+from moelora.recipe import check_recipe
 from tests.optim.bench import Bench
 
 
@@ -39,6 +40,14 @@ def test_a_float32_matrix_is_inverted_in_float64() -> None:
     G = gram(1.0, 1e-6).float()
     assert inverse(G, 0.0).dtype == torch.float32
     torch.testing.assert_close(inverse(G, 0.0), torch.linalg.inv(G.double()).float(), rtol=1e-5, atol=0)
+
+
+def test_scaled_gradients_are_refused() -> None:
+    recipe = {"optim": "lora_pro", "adapter": {"router": "meteora", "experts": {"num_experts": 2}}}
+    training = {"output_dir": "out", "fp16": True}
+    check_recipe({**recipe, "training": training})
+    with pytest.raises(ConfigError, match=r"optim lora_pro reads gradients, which training.fp16 scales"):
+        check_recipe({**recipe, "training": {**training, "max_grad_norm": 0.0}})
 
 
 def test_ranks_with_trained_gates_are_refused_by_methods_that_reckon_with_pairs_alone() -> None:

@@ -45,6 +45,12 @@ def routed(model: Any, x: Tensor = TOKENS) -> Route:
     return tiny.routes(model, x=x, task_ids=tasks(x))[0]
 
 
+@pytest.mark.parametrize("name", TOYS)
+def test_a_router_has_as_many_units_as_it_says(name: str) -> None:
+    model, layer = toy(name)
+    assert routed(model).units == layer.router.units
+
+
 def alone(layer: Any, unit: int, units: int, x: Tensor) -> Tensor:
     """The update that one unit alone, at gate one, would give."""
     factors, scale = layer.experts.factors(), layer.experts.scale[0].double()

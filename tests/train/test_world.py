@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "task": {"recipe": "task", "overrides": ["data.temperature=1"]},
     "accumulated": {"recipe": "meteora", "rows": 1},
     "rescaled": {"recipe": "smora", "transform": "rescale", "overrides": ["training.max_grad_norm=0.05"]},
+    "mgpo": {"recipe": "smora", "overrides": ["optim=mgpo"]},
 }
 
 
@@ -102,7 +103,7 @@ def test_all_processes_have_the_same_experts_and_biases(world: Path, engine: str
 
 ELASTIC = {"one": "zero3", "ddp": "one", "zero1": "ddp", "zero2": "one", "zero3": "zero2"}
 """Whose checkpoint each engine goes on from, too."""
-RESUMED = ["smora", "lora_mixer", "xlora", "rescaled"]
+RESUMED = ["smora", "lora_mixer", "xlora", "rescaled", "mgpo"]
 """Of these in the fast form; the whole form resumes all."""
 EVERY = [name if name in RESUMED else pytest.param(name, marks=pytest.mark.full) for name in CASES]
 
