@@ -29,6 +29,7 @@ from moelora.model.record import Adaptation, main_process, routed_layers
 from moelora.model.routed import RoutedModel, replaying
 from moelora.model.saved import TrainedCopy, fill_saved, find_saved
 from moelora.model.sources import dense_weight, open_sources, pinned, warn_of_other_bases
+from moelora.ranks.base import Ranks
 from moelora.routers.base import Router
 
 Base = TypeVar("Base", bound=nn.Module)
@@ -71,7 +72,6 @@ def adapt(
                 empty(layer)
         else:
             _begin_all(layers, init, probe, bool(sources))
-            plan_ranks(layers)
         if sources:
             fill_experts(model, layers, sources, resolved)
         for layer in layers.values():
@@ -154,7 +154,7 @@ def _begin_all(layers: dict[str, RoutedLinear], init: Init, probe: Probe | None,
             empty(layer)
         else:
             begin(layer, init, probe, filled and is_lora(layer.experts))
-    if computed:
+    if _planned(layers) or computed:
         share(layers.values())
 
 
@@ -186,11 +186,13 @@ def begin(layer: RoutedLinear, init: Init, probe: Probe | None = None, filled: b
 
 
 @torch.no_grad()
-def plan_ranks(layers: Mapping[str, RoutedLinear]) -> None:
-    """Let the allocators of all layers share out ranks between them."""
-    allocators = [layer.experts.allocator for layer in layers.values() if layer.experts.allocator is not None]
-    if allocators:
+def _planned(layers: Mapping[str, RoutedLinear]) -> bool:
+    """Let allocators share out ranks over all layers, and say whether they do."""
+    allocators = [layer.experts.allocator for layer in layers.values()]
+    plans = allocators[0] is not None and type(allocators[0]).plan is not Ranks.plan
+    if plans:
         allocators[0].plan(allocators)
+    return plans
 
 
 def _check_router(model: nn.Module, record: Adaptation) -> None:

@@ -23,8 +23,8 @@ pair is what one gate multiplies (under SMoRA every rank); base weights are neit
 are those of full fine-tuning: 1e-5 to 5e-5, not LoRA's 2e-4.
 
 Defaults: moments lora, since full takes 2 O D numbers for each pair of each layer; x sylvester, betas and eps the
-code's; ridge 1e-6, relative (1e-8 there, absolute). Where B is zero the formula gives a = 0, b = dB (A A^T)^-1 / s^2;
-where B is small a is as much longer, so that A may move far in the first steps after that.
+code's; ridge 1e-6, relative (1e-8 there, absolute). Where B is zero the formula gives a = 0,
+b = dB (A A^T)^-1 / s^2; where B is small a is as much longer, so that A may move far in the first steps after that.
 
 Differences from the released code: it has a rule for the first step (first: rule: a = dA and that b) that never runs,
 and corrects moments by t + 1 (late: true); its M and V are bfloat16; it clips last, by the norm from before; here that

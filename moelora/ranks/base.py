@@ -94,7 +94,7 @@ class Ranks(ExactBuffers, Stepped, ABC):
 
     def rescaled(self, scale: Tensor, ranks: Tensor) -> Tensor:
         """The scale [R] of experts of these ranks [E] in place of r."""
-        change = (self.r / ranks) ** self.power
+        change = (self.r / ranks.clamp(min=1)) ** self.power
         return scale * change.to(scale.dtype).repeat_interleave(self.r)
 
 

@@ -20,7 +20,7 @@ def model_with(ranks: Any, method: str = "meteora", dtype: torch.dtype = torch.f
     """A llama of two blocks whose q_proj and down_proj have experts; lora_B is as the methods leave it."""
     config = {**tiny.METHODS[method], "target_modules": ["q_proj", "down_proj"], "ranks": ranks}
     experts = {**config.get("experts", {}), **more.pop("experts", {})}
-    return tiny.adapt(tiny.llama(0, dtype), {**config, "experts": experts, **more}).train()
+    return tiny.adapt(more.pop("base", None) or tiny.llama(0, dtype), {**config, "experts": experts, **more}).train()
 
 
 class Run:
