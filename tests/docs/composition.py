@@ -80,6 +80,7 @@ def pair(axes: tuple[str, str], names: tuple[str, str], known: dict[str, dict[st
     for axis, given in zip(axes, (one, other), strict=True):
         config[SECTIONS[axis]] = given[SECTIONS[axis]]
     experts = {key: value for key, value in config["experts"].items() if key != "adapters"}
+    ranks = 12 if "ranks" in axes else 4  # enough to share out
     if "routers" in axes:  # sizes that the router asks for
         sizes = known["routers"][names[axes.index("routers")]]["experts"]
         experts = {**experts, "num_experts": 1, **sizes}
@@ -87,7 +88,11 @@ def pair(axes: tuple[str, str], names: tuple[str, str], known: dict[str, dict[st
             experts["name"] = names[axes.index("experts")]
     else:
         count = experts.get("num_experts", 4)
-        experts = {**experts, "num_experts": min(4, count), "r": 4, "lora_alpha": 8}
+        experts = {**experts, "num_experts": min(4, count), "r": ranks, "lora_alpha": 8}
+    if "ranks" in axes:
+        experts["r"] = max(ranks, experts["r"])
+    if config["router"]["name"] == "single":
+        experts["num_experts"] = 1
     if "localised_balance" in config.get("losses", {}):  # a type for every expert
         config["losses"]["localised_balance"]["expert_types"] = [e % 2 for e in range(experts.get("num_experts", 1))]
         config["losses"]["localised_balance"]["task_types"] = [0, 0, 0]
