@@ -10,10 +10,8 @@ report.html, and a complete run folder per variant. About a minute of training p
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
-
-from moelora.cli.show import comparison_table
-from moelora.train.compare import Comparison, compare
 
 
 def main() -> None:
@@ -22,6 +20,9 @@ def main() -> None:
     parser.add_argument("--router", help="a recipe to compare with plain LoRA, instead of smora and meteora")
     parser.add_argument("--steps", type=int, help="training steps per variant, instead of the recipes'")
     args = parser.parse_args()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at its import it names kernels that nothing here uses
+    from moelora.cli.show import comparison_table
+    from moelora.train.compare import Comparison, compare
 
     routers = [args.router] if args.router else ["smora", "meteora"]
     steps = [] if args.steps is None else [f"training.max_steps={args.steps}"]

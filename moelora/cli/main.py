@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides, for inst
 @app.callback()
 def main() -> None:
     """Train, evaluate and use mixtures of LoRA experts."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at its import it names kernels that few can have
 
 
 @contextmanager
