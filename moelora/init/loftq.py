@@ -9,9 +9,9 @@ so dequant(Q) + s B A is as near to W as rank r comes. It is a correction of the
 is not subtracted at the start, unlike in ``init: pissa``, and the router is ``single``, one LoRA that is always on.
 Layers that are not quantised start as usual.
 
-Differences from the paper: it alternates, quantising W - s B A and decomposing what that loses, 1 to 5 times; here the
+Differences from the paper: it alternates, quantising W - s B A and decomposing what that loses, T times; here the
 base's weights are never changed, since adapters are loaded beside the base as anyone quantises it. So it is the paper's
-algorithm at one iteration, and PEFT's ``replace_lora_weights_loftq``, which sets B A, and not s B A, to the loss.
+algorithm with T = 1, and PEFT's ``replace_lora_weights_loftq``, which sets B A, and not s B A, to the loss.
 
 ``moelora train`` loads the base once more, unquantised, into the host's memory; ``moelora.adapt`` is given it:
 ``full=``.

@@ -62,8 +62,9 @@ class LoRAGA(Init):
     def __call__(self, experts: Any, start: Start) -> None:
         A, B = halves("lora_ga", experts, alone=True)
         assert start.gradient is not None
-        G, r = start.gradient(), experts.r
-        of = shares("lora_ga", self.experts, experts, min(G.shape), width=2)  # [E, 2r]
+        r, many = experts.r, min(experts.site.in_features, experts.site.out_features)
+        of = shares("lora_ga", self.experts, experts, many, width=2)  # [E, 2r]
+        G = start.gradient()
         U, S, V = spectrum(G, int(of.max()) + 1, self.niter, spare=2)
         halved = {"ArB2r": (of[:, :r], of[:, r:]), "A2rBr": (of[:, r:], of[:, :r]), "ArBr": (of[:, 1::2], of[:, ::2])}
         k, up = halved[self.direction]

@@ -7,15 +7,15 @@ matrix M each between them (``experts: loraxs``), with G = dL/dW [O, D] over a f
     D = -lr sign(G)  (update: sign_lr, what AdamW does first)   or   -lr G  (raw_grad, what SGD does)
     D ~ U S V^T:   B = U  [O, r],   A = V^T  [r, D],   M = diag(S) / s  for all experts
 
-so B^T B = A A^T = I, and a gradient of M is s B^T G A^T: of all rank-r steps, the one nearest to full training's. With
-gates that add up to one the model starts as if that first step (its best rank-r part) had been taken, as the authors
-mean it; ``residual: true`` subtracts it, M0 = M, and the model starts as the base model.
+so B^T B = A A^T = I, and a gradient of M is s B^T G A^T: of all that these factors can do, the nearest to G. With gates
+that add up to one the model starts as if that first step (its best rank-r part) had been taken, as the authors mean it;
+``residual: true`` subtracts it, M0 = M, and the model starts as the base model.
 
 Defaults: update sign_lr, 10 rounds of a randomised decomposition, and lr 3.2e-6 are the authors' for MetaMathQA: its
 peak 1e-4 divided by the steps of its warm-up (2 % of 1562). The authors look at 50 rows; here they are 8 batches of 8.
 
 Differences from the released code: it has M = diag(S) whatever s, which is 1 there; ours is divided by s, so that the
-start is D for any lora_alpha. LoRAFactory's raw gradient is G itself, a step uphill, mostly subtracted.
+start is D for any lora_alpha. LoRAFactory's raw gradient is +G, uphill.
 
 Cost: as many forward and backward passes as there are layers, times ``batches``; one layer's G at a time.
 
@@ -66,11 +66,12 @@ class LoRASB(Init):
                 f"'{named(experts)}' have no such; use experts: loraxs"
             )
         assert start.gradient is not None
-        G, r = start.gradient(), experts.r
-        if r > min(G.shape):
+        r, many = experts.r, min(experts.site.in_features, experts.site.out_features)
+        if r > many:
             raise ConfigError(
-                f"init lora_sb takes {r} directions and '{experts.site.name}' has {min(G.shape)}; lower experts.r"
+                f"init lora_sb takes {r} directions and '{experts.site.name}' has {many}; lower experts.r"
             )
+        G = start.gradient()
         U, S, V = spectrum(-self.lr * (G.sign() if self.update == "sign_lr" else G), r, self.niter)
         held["basis_A"].copy_(V)
         held["basis_B"].copy_(U)
