@@ -47,10 +47,10 @@ class Init(ABC):
 
 
 def halves(init: str, experts: nn.Module, alone: bool = False) -> tuple[Tensor, Tensor]:
-    """(lora_A, lora_B) of experts. alone: they must have nothing else, since their product is what counts. Raises
-    ConfigError for experts that are something else."""
+    """(lora_A, lora_B) of experts. alone: they must have nothing between these, since their product is what counts; a
+    magnitude is around it. Raises ConfigError for experts that are something else."""
     parameters = dict(experts.named_parameters(recurse=False))
-    more = parameters.keys() - {"lora_A", "lora_B"}
+    more = parameters.keys() - {"lora_A", "lora_B", "magnitude"}
     if not {"lora_A", "lora_B"} <= parameters.keys() or "core" in more or (alone and more):
         raise ConfigError(
             f"init {init} sets lora_A and lora_B; experts '{named(experts)}' train "

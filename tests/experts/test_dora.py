@@ -191,6 +191,17 @@ def test_an_initialisers_start_is_subtracted_inside_the_norm(tmp_path: Path) -> 
     tiny.assert_layer_equals(model, layer, formula, rtol=1e-10)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_pissa_starts_it_as_the_base_model(init: str) -> None:
+    more = {"target_modules": ["q_proj"], "init": init, "experts": {"r": 2}}
+    model = tiny.adapt(tiny.llama(), config(2, router="meteora", **more)).eval()
+    with torch.no_grad():
+        found = model(**tiny.batch()).logits
+        with moelora.disabled(model):
+            torch.testing.assert_close(found, model(**tiny.batch()).logits, **CLOSE)
+    assert routed_layers(model)[0].experts.lora_B.any()
+
+
 def test_an_unused_expert_has_no_gradient_at_all() -> None:
     layer = tiny.toy(config(4, router={"name": "softmax", "top_k": 1}))[1]
     layer.router.weight.data[2] = 0
