@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from moelora.core.errors import ConfigError
 from moelora.experts.base import Experts
 from moelora.losses.base import Loss
 from moelora.routers.base import Router
 
-if TYPE_CHECKING:
-    from moelora.model.config import AdapterConfig
+
+class Config(Protocol):
+    """What is read of an ``AdapterConfig``."""
+
+    experts: Any
+    router: dict[str, Any]
+    init: dict[str, Any]
+    ranks: dict[str, Any]
 
 
-def refuse_unfit_experts(router: Router, experts: Experts, config: AdapterConfig) -> None:
+def refuse_unfit_experts(router: Router, experts: Experts, config: Config) -> None:
     """Raise ConfigError for experts that the router, the initialiser or the ranks are not for."""
     missing = [need for need in router.needs if need not in experts.gives]
     said = {"own_A": "an A of their own", "shared_A": "one A for all", "core": "cores"}
@@ -68,7 +74,7 @@ def refuse_unfit_experts(router: Router, experts: Experts, config: AdapterConfig
         )
 
 
-def refuse_blind_loss(name: str, loss: Loss, router: Router, experts: Experts, config: AdapterConfig) -> None:
+def refuse_blind_loss(name: str, loss: Loss, router: Router, experts: Experts, config: Config) -> None:
     """Raise ConfigError for a loss that reads what neither router nor experts have."""
     here = {*router.gives, *experts.gives, *(name for name, _ in experts.named_parameters(recurse=False))}
     missing = [need for need in loss.needs if need not in here]
