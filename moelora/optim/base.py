@@ -104,7 +104,8 @@ class PairOptim(Optim):
             dA, dB = self.change(pair, now)
             for key, value in pair.state.items():
                 old = kept.get(key, torch.zeros_like(value))
-                layer.state[key] = torch.where(_wide(pair.live, value), value, old)
+                # contiguous, as a checkpoint gives it back: products of transposed tensors round differently
+                layer.state[key] = torch.where(_wide(pair.live, value), value, old).contiguous()
             rest = ~pair.ranks
             found = {"lora_A": dA.masked_fill(rest.unsqueeze(-1), 0), "lora_B": dB.masked_fill(rest.unsqueeze(-2), 0)}
             for name in (name for name in found if name in layer.names):

@@ -160,6 +160,13 @@ def test_its_state_is_as_large_as_the_factors() -> None:
     assert sum(value.numel() for value in made.state.values()) == 2 * pair + 3 * EXPERTS
 
 
+def test_what_it_keeps_lies_as_a_checkpoint_gives_it_back() -> None:
+    made = bench()
+    for turn in range(2):
+        made.step(full(turn))
+    assert all(value.is_contiguous() for value in made.state.values())
+
+
 def test_experts_that_are_no_pairs_are_refused() -> None:
     adapter = {"router": "softmax", "experts": {"num_experts": 2, "name": "hydra"}}
     with pytest.raises(ConfigError, match=r"optim altlora reckons with experts that are pairs B A .*'hydra'"):
