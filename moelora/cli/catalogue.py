@@ -24,6 +24,7 @@ _AXIS = {
     "routers": "Which experts, or ranks, a token uses.",
     "init": "The values experts start from.",
     "ranks": "How many ranks each expert uses, found while training; the others are masked, and left out of exports.",
+    "targets": "Which of the layers that `target_modules` names get experts.",
     "optim": "What sees whole gradients of A and B between backward and step, on any engine; a section of the recipe.",
     "losses": "Auxiliary terms. Every loss takes a `weight`, and `tokens: all` (no padding) or `tokens: answers`.",
 }

@@ -29,6 +29,7 @@ AXES = {
     "routers": "Router",
     "init": "Init",
     "ranks": "Ranks",
+    "targets": "Targets",
     "optim": "Optim",
     "losses": "Loss",
 }

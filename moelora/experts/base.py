@@ -52,7 +52,7 @@ class Experts(ExactBuffers, Stepped, ABC):
     stretch, shift: [E, O] or None, what these make of the base layer's output, see ``Factors``.
     """
 
-    gives: ClassVar[tuple[str, ...]]
+    gives: tuple[str, ...]
     computed: ClassVar[bool] = False
     apart: ClassVar[bool] = True
     pairs: ClassVar[bool] = False

@@ -17,7 +17,7 @@ from moelora.core.methods import Methods
 from moelora.core.start import Start
 from moelora.init.base import Init
 from moelora.model.adapters import fill_experts, full_modules, is_lora
-from moelora.model.config import AdapterConfig, build_init, build_losses, build_sites, find_sites, resolve, routed_sites
+from moelora.model.config import AdapterConfig, build_init, build_losses, build_sites, resolve
 from moelora.model.fellows import groups
 from moelora.model.ffn import block_layers
 from moelora.model.inputs import two_streams
@@ -28,6 +28,7 @@ from moelora.model.quantised import form, shape_of, size_of, steady
 from moelora.model.record import Adaptation, main_process, routed_layers
 from moelora.model.routed import RoutedModel, replaying
 from moelora.model.saved import TrainedCopy, fill_saved, find_saved
+from moelora.model.sites import batches_needed, decided, find_sites, routed_sites
 from moelora.model.sources import dense_weight, open_sources, pinned, warn_of_other_bases
 from moelora.ranks.base import Ranks
 from moelora.routers.base import Router
@@ -49,22 +50,25 @@ def adapt(
     class.
 
     config: an AdapterConfig, a dict, or the path of a YAML file with the same keys. plugins: files with methods of your
-    own. verbose: print what was adapted. batches: the model's inputs with labels, for an ``init`` that looks at data;
-    it takes the first few (see ``moelora.model.probe`` for the cost). full: the base unquantised, for ``init: loftq``;
-    processes other than the first need none. blank: the experts are filled from a checkpoint afterwards, so no weight
-    is decomposed and no batch looked at. New parameters are float32 (float64 in a float64 model) on the device of their
-    layer. Raises ConfigError or TargetError, and then leaves the model as it was.
+    own. verbose: print what was adapted. batches: the model's inputs with labels, for an ``init`` or ``targets`` that
+    look at data; the first few are taken (see ``moelora.model.probe`` for the cost). full: the base unquantised, for
+    ``init: loftq``; processes other than the first need none. blank: the experts are filled from a checkpoint
+    afterwards, so no weight is decomposed and no batch looked at. New parameters are float32 (float64 in a float64
+    model) on the device of their layer. Raises ConfigError or TargetError, and then leaves the model as it was.
 
         model = moelora.adapt(model, {"router": {"name": "smora", "top_k": 8}, "experts": {"r": 64}})
     """
     methods = Methods(plugins)
     resolved = resolve(config, methods)
+    given = None if batches is None else list(itertools.islice(batches, batches_needed(resolved, methods)[0]))
+    if not blank:
+        resolved = decided(model, resolved, methods, given)
     sources = open_sources(resolved.experts.adapters)
     modules = full_modules(model, sources, resolved)
     init = build_init(resolved, methods)
     probe = None
     if init.probes is not None and not blank:
-        probe = Probe(model, init, resolved.init["name"], batches, full)
+        probe = Probe(model, init, resolved.init["name"], given, full)
 
     def start(layers: dict[str, RoutedLinear]) -> None:
         if blank:
@@ -98,7 +102,7 @@ def attach(
     if isinstance(model, RoutedModel):
         raise ConfigError("this model has experts already; start from a fresh base model")
     steady(model)  # before a layer is called
-    sites, saved = find_sites(model, config), find_saved(model, config.modules_to_save)
+    sites, saved = find_sites(model, config, methods), find_saved(model, config.modules_to_save)
     losses = build_losses(config, methods)
     router_class: type[Router] = methods.find("routers", config.router["name"])
     record = Adaptation(config, methods, sites, losses, router_class, fingerprint(model, [site.name for site in sites]))

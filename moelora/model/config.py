@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,9 +11,8 @@ from typing import Annotated, Any, Literal
 import torch
 import yaml
 from pydantic import Field, field_validator
-from torch import nn
 
-from moelora.core.errors import ConfigError, TargetError
+from moelora.core.errors import ConfigError
 from moelora.core.methods import Methods
 from moelora.core.tape import Site
 from moelora.core.validate import Strict, check, nearest
@@ -22,9 +20,7 @@ from moelora.experts.base import Experts
 from moelora.init.base import Init
 from moelora.losses.base import Loss
 from moelora.model.fit import refuse_blind_loss, refuse_unfit_experts
-from moelora.model.saved import find_saved
 from moelora.routers.base import Router
-from moelora.targets.named import select
 
 
 class ExpertsConfig(Strict):
@@ -96,8 +92,8 @@ class AdapterConfig(Strict):
 
     ranks: how many ranks each expert uses, found while training; ``full`` leaves all in use. losses: name to weight, or
     to ``{weight: ..., tokens: all | answers, option: ...}``. target_modules, exclude_modules, layers_to_transform and
-    layers_pattern follow PEFT's rules (``moelora.targets.named``). modules_to_save: names of modules to train in full,
-    such as a new classifier.
+    layers_pattern follow PEFT's rules (``moelora.targets.named``); targets: which of these layers get experts.
+    modules_to_save: names of modules to train in full, such as a new classifier.
     """
 
     experts: ExpertsConfig = ExpertsConfig()
@@ -105,13 +101,14 @@ class AdapterConfig(Strict):
     init: dict[str, Any] = {"name": "kaiming"}
     ranks: dict[str, Any] = {"name": "full"}
     losses: dict[str, dict[str, Any]] = {}
+    targets: dict[str, Any] = {"name": "named"}
     target_modules: list[str] | str = "all-linear"
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] = []
 
-    _named = field_validator("router", "init", "ranks", mode="before")(named_method)
+    _named = field_validator("router", "init", "ranks", "targets", mode="before")(named_method)
 
     @field_validator("losses", mode="before")
     @classmethod
@@ -143,6 +140,7 @@ def resolve(config: AdapterConfig | Mapping[str, Any] | str | Path, methods: Met
             "router": methods.check("routers", config.router),
             "init": methods.check("init", config.init),
             "ranks": methods.check("ranks", config.ranks),
+            "targets": methods.check("targets", config.targets),
             "losses": {
                 name: {**_common(name, spec), **_without(methods.check("losses", {"name": name, **_own(spec)}), "name")}
                 for name, spec in config.losses.items()
@@ -179,30 +177,6 @@ def _read(path: Path) -> Any:
         raise ConfigError(f"{path}: {error.strerror}; expected a YAML file with an adapter's keys") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
-
-
-def find_sites(model: nn.Module, config: AdapterConfig) -> list[Site]:
-    """The layers of ``model`` that get experts. Raises TargetError."""
-    exclude, saved = config.exclude_modules, find_saved(model, config.modules_to_save)
-    if saved:
-        inside = [path for path, _ in model.named_modules() if any(f"{path}.".startswith(f"{s}.") for s in saved)]
-        if isinstance(exclude, str):
-            exclude = "|".join([f"(?:{exclude})", *map(re.escape, inside)])
-        else:
-            exclude = [*(exclude or []), *inside]
-    return select(model, config.target_modules, exclude, config.layers_to_transform, config.layers_pattern)
-
-
-def routed_sites(config: AdapterConfig, methods: Methods, sites: Sequence[Site]) -> list[Site]:
-    """The sites that the router is for: all but those it leaves to a plain LoRA. Raises TargetError for none."""
-    router_class: type[Router] = methods.find("routers", config.router["name"])
-    routed = [site for site in sites if not router_class.plain(site, _without(config.router, "name"))]
-    if not routed:
-        raise TargetError(
-            f"router '{config.router['name']}' leaves all {len(sites)} targets to plain LoRAs, such as "
-            f"'{sites[0].name}', and has none for its experts; target other layers too, or take router: single"
-        )
-    return routed
 
 
 def build_sites(

@@ -26,7 +26,7 @@ def refuse_unfit_experts(router: Router, experts: Experts, config: Config) -> No
     if missing:
         raise ConfigError(
             f"router '{config.router['name']}' is for experts with {' and '.join(said[need] for need in missing)}; "
-            f"experts '{config.experts.name}' have {' and '.join(said[has] for has in experts.gives)}"
+            f"experts '{config.experts.name}' have {' and '.join(said[has] for has in experts.gives) or 'neither'}"
         )
     if router.around == "ffn" and not experts.apart:
         raise ConfigError(

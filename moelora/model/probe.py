@@ -53,12 +53,8 @@ class Probe:
                 f"init {name} looks at data: give moelora.adapt some batches=[...] of the model's inputs, with labels; "
                 "moelora train takes them from the recipe's data"
             )
-        if any(hasattr(p, "ds_id") for p in model.parameters()):
-            raise ConfigError(
-                f"init {name} runs the base model before training begins, and ZeRO-3 has taken its weights apart; use "
-                "deepspeed: zero2, or another init"
-            )
-        self.batches = [_on(model, batch) for batch in itertools.islice(batches, init.batches)]
+        refuse_parts(model, f"init {name}")
+        self.batches = [on_device(model, batch) for batch in itertools.islice(batches, init.batches)]
         if not self.batches:
             raise ConfigError(f"init {name} looks at batches of data, and there is none in what was given")
 
@@ -115,7 +111,7 @@ class Probe:
 
         hook = base_layer.register_forward_hook(watch)
         try:
-            with _frozen(self.model), torch.enable_grad():
+            with frozen(self.model), torch.enable_grad():
                 for batch in self.batches:
                     loss = getattr(self.model(**batch), "loss", None)
                     if loss is None:
@@ -154,7 +150,7 @@ class Probe:
             for layer in layers.values()
         ]
         try:
-            with _frozen(self.model), torch.no_grad():
+            with frozen(self.model), torch.no_grad():
                 for batch in tqdm(self.batches, desc="Probing inputs", leave=False, disable=len(self.batches) < 4):
                     tape = self._tape(batch)
                     self.model(**batch)
@@ -181,7 +177,7 @@ class Probe:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Without dropout, and without a gradient of any parameter."""
     modes = {module: module.training for module in model.modules()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -197,7 +193,17 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _on(model: nn.Module, batch: Batch) -> dict[str, Any]:
+def refuse_parts(model: nn.Module, what: str) -> None:
+    """Raise ConfigError for a model that cannot run before training begins."""
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise ConfigError(
+            f"{what} runs the base model before training begins, and ZeRO-3 has taken its weights apart; use "
+            f"deepspeed: zero2, or other {what.partition(' ')[0]}"
+        )
+
+
+def on_device(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """A batch where the model is, without task ids, which the model itself does not take."""
     device = next(model.parameters()).device
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "task_ids"}
 

@@ -18,11 +18,12 @@ from moelora.io.hub import Located, locate
 from moelora.io.tensors import TensorFile
 from moelora.model.adapt import attach, fingerprint, print_table
 from moelora.model.adapters import fill_experts, is_lora
-from moelora.model.config import AdapterConfig, build_sites, find_sites, resolve
+from moelora.model.config import AdapterConfig, build_sites, resolve
 from moelora.model.layer import RoutedLinear
 from moelora.model.quantised import form_of
 from moelora.model.record import adaptation, main_process, routed_layers
 from moelora.model.saved import fill_saved, find_saved, saved_modules
+from moelora.model.sites import find_sites
 from moelora.model.sources import Source, check_hash, open_saved
 from moelora.model.write import ROUTER_FILE, layer_tensors, refuse_foreign, write
 
@@ -62,7 +63,7 @@ def load(
     at = locate(adapter if here else f"{adapter}@{revision}")
     methods = Methods(plugins)
     saved = _open(at, methods)
-    _check_base(base_model, saved, force)
+    _check_base(base_model, saved, methods, force)
     expected, own_folders = _expected(base_model, saved.config, methods)
     _check_experts(saved, own_folders)
     _check_shapes(expected, saved)
@@ -129,8 +130,8 @@ def _fill(model: nn.Module, layers: dict[str, RoutedLinear], saved: _Saved, tens
         fill_experts(model, layers, saved.sources, saved.config)
 
 
-def _check_base(model: nn.Module, saved: _Saved, force: bool) -> None:
-    sites, manifest, folder = find_sites(model, saved.config), saved.manifest, saved.folder
+def _check_base(model: nn.Module, saved: _Saved, methods: Methods, force: bool) -> None:
+    sites, manifest, folder = find_sites(model, saved.config, methods), saved.manifest, saved.folder
     here = [(site.name, site.in_features, site.out_features) for site in sites]
     there = [(site.name, site.in_features, site.out_features) for site in manifest.sites]
     if here != there:
@@ -162,7 +163,7 @@ def _expected(model: nn.Module, config: AdapterConfig, methods: Methods) -> tupl
     own_folders = False
     seen: dict[int, Tensor] = {}  # kept alive, so that no id is given twice
     with torch.device("meta"):
-        built = list(build_sites(config, methods, find_sites(model, config)))  # by the end sites share what is shared
+        built = list(build_sites(config, methods, find_sites(model, config, methods)))  # shared by the end
         for site, router, experts in built:
             for part, module in (("router", router), ("experts", experts)):
                 for key, value in module.state_dict(keep_vars=True).items():

@@ -19,7 +19,7 @@ over experts is 1; ``per_token: false`` leaves that out), and stays as it is in 
 Differences from PEFT, ours as in the paper: I is of the weights that the gradient is of, not of those after the step; s
 has no 1e-5 beside r; ties go by position, so that exactly b ranks are kept; E has no weight decay.
 
-Recipe line: ``ranks: {name: adalora, target_r: 8}`` with ``experts: {r: 12, lora_alpha: 16}``
+Recipe line: ``ranks: {name: adalora, deltaT: 10}`` with ``experts: {r: 12, lora_alpha: 16}``
 """
 
 from __future__ import annotations

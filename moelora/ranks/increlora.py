@@ -18,7 +18,7 @@ never made here; new ranks there have a schedule that also decays by itself, her
 overshoot the target and go on; rho + 1e-5. A larger rho makes old ranks smaller at once, as there, unless E makes up
 for it (``continuous``, ours).
 
-Recipe line: ``ranks: {name: increlora, target_r: 4}`` with ``experts: {r: 8, lora_alpha: 16}``
+Recipe line: ``ranks: {name: increlora, top_h: 3}`` with ``experts: {r: 8, lora_alpha: 16}``
 """
 
 from __future__ import annotations

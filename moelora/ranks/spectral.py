@@ -16,7 +16,7 @@ Differences from the paper: its rule is in no released code, and only that it go
 candidates, budget and direction are a reconstruction. ``direction: concentrated`` is the opposite. LaMDA's own experts,
 a square core with a frozen A, are not needed for it.
 
-Recipe line: ``ranks: {name: spectral, mean_r: 8}`` with ``experts: {r: 16, lora_alpha: 16}``
+Recipe line: ``ranks: {name: spectral, direction: flat}`` with ``experts: {r: 16, lora_alpha: 16}``
 """
 
 from __future__ import annotations

@@ -1,11 +1,15 @@
-"""What is known of an adapted layer before anything is built: its ``Site``."""
+"""Targets: which of the named layers get experts, one file per way of choosing; and what is known of a layer before
+anything is built, its ``Site``."""
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moelora.core.tape import Site
@@ -13,6 +17,43 @@ from moelora.core.tape import Site
 _CROSS = re.compile(
     r"(EncDecAttention|encoder_attn|crossattention|cross_attn|encoder_decoder_attention)\.(self\.)?(k|v)"
 )
+
+
+class Targets(ABC):
+    """Chooses among the layers that ``target_modules`` names. Recipe keys are keyword-only arguments of ``__init__``.
+
+    batches: how many batches of data it looks at to choose by; 0 where nothing is left to choose. batch_size: how many
+        rows each has where ``moelora train`` makes them (an ``init`` that looks at data has its way).
+    """
+
+    batches: int = 0
+    batch_size: int = 8
+
+    @abstractmethod
+    def __call__(self, sites: Sequence[Site]) -> list[Site]:
+        """Those that get experts, in their order. While nothing is chosen yet: those that may."""
+
+    def choose(self, model: nn.Module, sites: Sequence[Site], batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Recipe keys that say what was chosen: with them nothing is left to choose. The same in all processes.
+
+        model: the base model, frozen, without dropout, and the same again afterwards. batches: its inputs, with labels.
+        """
+        raise NotImplementedError(f"{type(self).__name__} looks at batches and does not say how it chooses")
+
+
+@contextmanager
+def adding(model: nn.Module, updates: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Inside, the layers of these paths add to their output what the functions make of their input."""
+
+    def hook(update: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+        return lambda _, args, y: y + update(args[0]).to(y.dtype)
+
+    hooks = [model.get_submodule(path).register_forward_hook(hook(update)) for path, update in updates.items()]
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
 
 
 def describe(model: nn.Module, names: list[str], layers_pattern: list[str] | str | None = None) -> list[Site]:

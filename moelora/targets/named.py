@@ -1,17 +1,19 @@
-"""Targets by name, with PEFT's rules: which layers of a base model get experts.
+"""Named: all layers that ``target_modules`` names get experts, by PEFT's rules; the baseline.
 
-- a list of names: a layer matches when its path equals a name or ends with ``.name``
-- one string: a regular expression that must match the whole path
-- ``"all-linear"``: every supported layer but the output head (and a sequence classifier's head)
-- ``exclude_modules`` takes away, by the same rules; ``layers_to_transform`` keeps only these block indices,
-  found after ``layers_pattern`` (or after any module list)
+    a list of names       a layer matches when its path equals a name or ends with .name
+    one string            a regular expression that must match the whole path
+    all-linear            every supported layer but the output head (and a sequence classifier's head)
 
-Recipe line: ``target_modules: [q_proj, v_proj]``
+Paper: none; the rules are those of PEFT's LoraConfig. ``exclude_modules`` takes away, by the same rules;
+``layers_to_transform`` keeps only these block indices, found after ``layers_pattern`` (or after any module list).
+
+Recipe line: ``targets: {name: named}`` with ``target_modules: [q_proj, v_proj]``
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -19,10 +21,17 @@ from transformers.pytorch_utils import Conv1D
 from moelora.core.errors import TargetError
 from moelora.core.tape import Site
 from moelora.core.validate import nearest
-from moelora.targets.base import block_of, describe
+from moelora.targets.base import Targets, block_of, describe
 
 SUPPORTED = (nn.Linear, Conv1D)
 _CLASSIFIERS = ("score", "classifier")  # heads that PEFT leaves out of all-linear too
+
+
+class Named(Targets):
+    """The default: nothing else is chosen by."""
+
+    def __call__(self, sites: Sequence[Site]) -> list[Site]:
+        return list(sites)
 
 
 def select(

@@ -30,6 +30,7 @@ from moelora.model.config import build_init
 from moelora.model.quantised import steady
 from moelora.model.record import adaptation, main_process
 from moelora.model.routed import disabled
+from moelora.model.sites import batches_needed
 from moelora.model.write import write
 from moelora.recipe import Recipe, deepspeed_options
 from moelora.train.checkpoint import newest
@@ -70,6 +71,8 @@ def train(
     arguments = sft_config(recipe)
     join(arguments)
     checkpoint = agreed(lambda: _checkpoint(out, resume))
+    if resume:
+        recipe = _as_chosen(recipe, agreed(lambda: _targets_of(out)))
     set_seed(arguments.seed)
     tasks = load_tasks(recipe.data)
     names = [task.name for task in tasks]
@@ -124,20 +127,22 @@ def to_probe(
     rows: datasets.Dataset,
     plugins: Iterable[str | Path] = (),
 ) -> dict[str, Any]:
-    """What an init looks at besides the base's weights, for ``adapt``: the first training rows in batches, the same in
-    all processes, or the base unquantised, in the first process.
+    """What methods look at besides the base's weights, for ``adapt``: the first training rows in batches, the same in
+    all processes, and the base unquantised, in the first process.
 
-    A model that such an init runs is put where it is trained.
+    A model that such a method runs is put where it is trained.
     """
-    init = build_init(recipe.adapter, Methods(plugins))
-    if init.probes is None:
-        return {}
-    if init.probes == "weights":
-        return {"full": load_base(recipe.model_copy(update={"quantization_config": None}))[0]} if main_process() else {}
-    arguments = sft_config(recipe)
-    if not getattr(model, "is_quantized", False):  # which is there already
-        model.to(arguments.device)  # type: ignore[arg-type]
-    return {"batches": Preparation(tokenizer, arguments).batches(rows, init.batches, init.batch_size)}
+    methods = Methods(plugins)
+    known: dict[str, Any] = {}
+    if build_init(recipe.adapter, methods).probes == "weights" and main_process():
+        known["full"] = load_base(recipe.model_copy(update={"quantization_config": None}))[0]
+    count, size = batches_needed(recipe.adapter, methods)
+    if count:
+        arguments = sft_config(recipe)
+        if not getattr(model, "is_quantized", False):  # which is there already
+            model.to(arguments.device)  # type: ignore[arg-type]
+        known["batches"] = Preparation(tokenizer, arguments).batches(rows, count, size)
+    return known
 
 
 def sft_config(recipe: Recipe) -> SFTConfig:
@@ -255,6 +260,22 @@ def _checkpoint(out: Path, resume: bool) -> str | None:
         print(f"{out}: no complete checkpoint yet, starting from the beginning")
         return None
     return str(complete)
+
+
+def _targets_of(out: Path) -> dict[str, Any]:
+    """The targets of the run in a folder, as it has written them down."""
+    with _using(out):
+        written = yaml.safe_load((out / RECIPE).read_text(encoding="utf-8"))
+    targets: dict[str, Any] = written["adapter"].get("targets", {})
+    return targets
+
+
+def _as_chosen(recipe: Recipe, written: dict[str, Any]) -> Recipe:
+    """A recipe that is resumed: what its targets leave open, the run has chosen as it began."""
+    given = recipe.adapter.targets
+    if any(written.get(key) != value for key, value in given.items() if value is not None):
+        return recipe  # with other targets, which the checkpoint will refuse
+    return recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"targets": written})})
 
 
 def _begin(out: Path, recipe: Recipe) -> None:

@@ -34,7 +34,7 @@ from tests import tiny
 
 SECTIONS = {axis: "router" if axis == "routers" else axis for axis in AXES}
 SAID = re.compile(r"`(\w+: .+?)`")
-DEFAULTS = ("full", "plain")
+DEFAULTS = ("full", "plain", "named")
 """Methods that change nothing, and need no table."""
 
 Config = dict[str, Any]
@@ -96,6 +96,8 @@ def pair(axes: tuple[str, str], names: tuple[str, str], known: dict[str, dict[st
     if "localised_balance" in config.get("losses", {}):  # a type for every expert
         config["losses"]["localised_balance"]["expert_types"] = [e % 2 for e in range(experts.get("num_experts", 1))]
         config["losses"]["localised_balance"]["task_types"] = [0, 0, 0]
+    if config.get("targets", {}).get("name") == "flexora":
+        config["targets"] = {**config["targets"], "steps": 2, "validation": 1}
     return {**config, "experts": experts}
 
 

@@ -40,10 +40,12 @@ class TestEntry:
             assert Methods().check("optim", config["optim"])["name"] == entry["name"]
             return
         config = {
-            key: value for key, value in config.items() if key in ("experts", "router", "init", "ranks", "losses")
+            key: value
+            for key, value in config.items()
+            if key in ("experts", "router", "init", "ranks", "targets", "losses")
         }
         filled = resolve(_completed(config, entry), Methods())
-        methods = (filled.router, filled.init, filled.ranks, filled.experts.method())
+        methods = (filled.router, filled.init, filled.ranks, filled.targets, filled.experts.method())
         assert entry["name"] in (*(method["name"] for method in methods), *filled.losses)
 
 

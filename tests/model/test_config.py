@@ -27,6 +27,7 @@ FULL = {
     },
     "router": {"name": "meteora", "top_k": 1, "temperature": 2.0},
     "ranks": {"name": "full"},
+    "targets": {"name": "named"},
     "init": {"name": "kaiming"},
     "losses": {"z": {"weight": 0.1, "tokens": "answers"}},
     "target_modules": ["q_proj"],
