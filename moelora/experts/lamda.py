@@ -39,13 +39,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moelora.core.directions import top_directions
 from moelora.core.errors import ConfigError
 from moelora.core.factors import Factors
 from moelora.core.start import Start
 from moelora.core.step import Now, Trained
 from moelora.core.tape import Site
 from moelora.experts.base import Experts
-from moelora.experts.loraxs import top_directions
 
 
 class LaMDA(Experts):

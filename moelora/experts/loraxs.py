@@ -22,6 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moelora.core.directions import top_directions
 from moelora.core.factors import Factors
 from moelora.core.start import Start
 from moelora.core.tape import Site
@@ -52,17 +53,3 @@ class LoRAXS(Experts):
 
     def factors(self) -> Factors:
         return Factors(self.basis_A, self.basis_B, self.scale, self.middle - self.start_middle)
-
-
-def top_directions(weight: Tensor, r: int, more: int = 10, iterations: int = 10) -> tuple[Tensor, Tensor]:
-    """(S V^T [n, D], U [O, n]) of the n = min(r, O, D) largest singular values of W [O, D], by subspace iteration.
-
-    Exact where r + more directions are all there are.
-    """
-    out, wide = weight.shape
-    made = torch.Generator("cpu").manual_seed(42)
-    Q = torch.randn(wide, min(r + more, out, wide), generator=made).to(weight)
-    for _ in range(iterations):
-        Q = torch.linalg.qr(weight.t() @ torch.linalg.qr(weight @ Q).Q).Q
-    U, S, V = torch.linalg.svd(weight @ Q, full_matrices=False)
-    return (S.unsqueeze(1) * V @ Q.t())[:r], U[:, :r]

@@ -1,8 +1,9 @@
-"""Loss: an auxiliary term of each routed layer, added to the training loss with its weight. One file per term."""
+"""Loss: an auxiliary term of each routed layer, or of the model's output, added to the training loss with its weight.
+One file per term."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -14,9 +15,10 @@ from moelora.core.tape import View
 from moelora.core.term import Product
 
 
-class Loss(ABC):
-    """A scalar per site from its route; the reported term is the mean over sites, in float32.
+class Loss:
+    """A scalar per site from its route; the reported term is the mean over sites, in float32. Or one of the logits.
 
+    reads: ``"layers"``: the term is that of ``__call__``, or ``"logits"``: that of ``of_logits``.
     needs: the optional fields of ``Route`` and ``Factors`` that the term reads, what it needs of experts
         (``Experts.gives``), and their parameters (``Factors.parts``) by name; a router or experts without them are
         refused before training.
@@ -27,6 +29,7 @@ class Loss(ABC):
     Recipe keys are keyword-only arguments; ``weight`` and ``tokens`` are common to all.
     """
 
+    reads: ClassVar[Literal["layers", "logits"]] = "layers"
     needs: ClassVar[tuple[str, ...]] = ()
     expert_per_task: ClassVar[bool] = False
     anchored: ClassVar[bool] = False
@@ -41,15 +44,22 @@ class Loss(ABC):
             raise ConfigError(f"losses.{name} is about the experts and counts no tokens; leave out tokens: {tokens}")
         self.weight, self.tokens = weight, tokens
 
-    def admit(self, units: int) -> None:  # noqa: B027
+    def admit(self, units: int) -> None:
         """Raise ConfigError for routers of so many units, if the term is not for them. Most are for all."""
 
-    @abstractmethod
     def __call__(self, route: Route, view: View) -> Tensor | Product:
         """The term of one site, over the tokens of ``view.mask``; zero (with a graph) when there are none.
 
         A product of two means over tokens is given as a ``Product`` (``product`` makes one).
         """
+        raise NotImplementedError(f"{type(self).__name__} reads layers and has no __call__")
+
+    def of_logits(self, logits: Tensor, base: Callable[[], Tensor]) -> Tensor:
+        """The term of the model, of the logits [M, V] of the M tokens that count, float32; zero with a graph for M = 0.
+
+        base(): those of the base model [M, V], without gradient, from a pass that is made when it is first asked for.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads logits and has no of_logits")
 
 
 def token_mean(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -104,6 +104,7 @@ def attach(
     steady(model)  # before a layer is called
     sites, saved = find_sites(model, config, methods), find_saved(model, config.modules_to_save)
     losses = build_losses(config, methods)
+    of_layers = {name: loss for name, loss in losses.items() if loss.reads == "layers"}
     router_class: type[Router] = methods.find("routers", config.router["name"])
     record = Adaptation(config, methods, sites, losses, router_class, fingerprint(model, [site.name for site in sites]))
     checkpointed = {  # turned on before the experts came
@@ -121,7 +122,7 @@ def attach(
         dtype = torch.float64 if weights[site.index].dtype == torch.float64 else torch.float32
         router, experts = router.to(dtype), experts.to(dtype)
         experts.widen(dtype)
-        terms = losses if isinstance(router, record.router) else {}
+        terms = of_layers if isinstance(router, record.router) else {}
         layer = kind(base_layer, site, experts, router, terms, record.port, config.experts.lora_dropout)
         layers[site.name] = layer.train(base_layer.training)
     start(layers)

@@ -26,6 +26,7 @@ from moelora.core.tape import Collector, Port, Tape, View
 from moelora.core.term import Product, settled
 from moelora.model.cache import accompany, companion_of
 from moelora.model.inputs import answers_of, masks_of, token_share, two_streams
+from moelora.model.outputs import LABELS, output_terms
 from moelora.model.partition import wholes
 from moelora.model.plan import last_hidden
 from moelora.model.record import Adaptation, adaptation, routed_layers
@@ -75,6 +76,8 @@ class RoutedModel(nn.Module):
         with port.on(tape):
             out = super().__call__(*args, **kwargs)
         _refuse_bypassed(self, tape)
+        if tape.with_terms:
+            self._add_output_terms(tape, out, given)
         if companion is not None:
             companion.memory = {**tape.past, **_continued(self, tape.kept)}
             accompany(out, given, companion)
@@ -88,6 +91,16 @@ class RoutedModel(nn.Module):
             collector.terms.append(terms)
             return out
         return self._with_terms(out, terms, given) if training else out
+
+    def _add_output_terms(self, tape: Tape, out: Any, given: dict[str, Any]) -> None:
+        def base() -> Any:
+            with disabled(self):
+                return self(**{key: value for key, value in given.items() if two or key not in LABELS})
+
+        two = two_streams(self)
+        stream = "decoder" if two else "input"  # decoders read what labels say
+        terms = output_terms(self.moelora.losses, tape, stream, out, base)
+        tape.terms.update({name: [term] for name, term in terms.items()})
 
     def _with_terms(self, out: Any, terms: dict[str, Tensor], given: dict[str, Any]) -> Any:
         total = weighted_sum(self, terms)

@@ -31,7 +31,7 @@ from moelora.model.base import base_source
 from moelora.model.config import resolve
 from moelora.model.layer import RoutedLinear
 from moelora.model.quantised import empty, form, size_of
-from moelora.model.record import routed_layers
+from moelora.model.record import adaptation, routed_layers
 from moelora.model.sources import check_fit, open_sources
 from moelora.recipe import Recipe, deepspeed_options
 from moelora.train.activations import kept, loss_buffer
@@ -239,6 +239,8 @@ def _memory(
         parts.append(Part("activations", most.most(checkpointing), 0, dtype, how))
     if arguments.label_smoothing_factor:
         missing.append("loss: label smoothing has all logits at once")
+    elif any(loss.reads == "logits" for loss in adaptation(model).losses.values()):
+        missing.append("loss: an auxiliary one reads all logits, those of the base model too")
     else:
         size = loss_buffer(model, batch["tokens_at_most"], known.half)
         parts.append(Part("loss", size, 0, dtype, "logits of one tile at a time"))

@@ -32,6 +32,7 @@ from moelora.model.inputs import token_share
 from moelora.model.routed import RoutedModel, collect, weighted_sum
 from moelora.optim.base import Optim
 from moelora.train.durable import DurableTrainer
+from moelora.train.logits import with_logits
 from moelora.train.progress import LossBar
 
 
@@ -169,6 +170,8 @@ class MoeLoraTrainer(DurableTrainer):
         watching = routed.training and self._logs_next()
         if watching and self.watched is None:
             self.watched = RoutingStats(self.tasks)
+        if any(loss.reads == "logits" for loss in routed.moelora.losses.values()):
+            model = with_logits(model)
         with collect(routed, self.watched if watching else None) as collector:
             loss = super().compute_loss(model, inputs, False, num_items_in_batch)
         terms = collector.terms[0] if collector.terms else {}

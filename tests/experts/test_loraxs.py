@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import moelora
+from moelora.core.directions import top_directions
 from moelora.core.errors import ConfigError
-from moelora.experts.loraxs import top_directions
 from moelora.model.adapt import parameter_counts
 from moelora.model.record import routed_layers
 from tests import tiny
