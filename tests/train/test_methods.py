@@ -40,6 +40,8 @@ def case(axis: str, name: str, out: Path, **more: Any) -> dict[str, Any]:
     ]
     if name == "loftq":
         overrides += ["quantization_config={load_in_4bit: true, bnb_4bit_quant_type: nf4}", "training.use_cpu=true"]
+    if name == "ba_lora":  # its third part depends on how a step is cut into micro-batches
+        overrides += ["adapter.losses.ba_lora.svd=0"]
     # A larger rate makes of rounding what it will: differences double every few steps.
     overrides += ["training.learning_rate=5e-4"]
     saved = [f"training.max_steps={STEPS}", "training.save_strategy=steps", f"training.save_steps={STEPS // 2}"]
@@ -48,7 +50,7 @@ def case(axis: str, name: str, out: Path, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """By axis: a folder with the runs of all its methods, NAME/ENGINE, and of those resumed half-way, NAME/again/ENGINE."""
+    """By axis: a folder with the runs of all its methods, NAME/ENGINE, and the resumed ones, NAME/again/ENGINE."""
 
     @functools.cache
     def runs(axis: str) -> Path:
