@@ -31,7 +31,7 @@ def test_every_shipped_recipe_is_valid_and_says_what_it_is(name: str) -> None:
         ("adapter.router.top_k=two", "valid integer, found 'two'"),
         ("adapter.router.name=smorra", "no method named 'smorra'; did you mean 'smora'"),
         ("adapter.experts.rank=4", "experts.lora: unknown key 'rank'"),
-        ("adapter.targets=x", "adapter: unknown key 'targets'; did you mean 'target_modules'"),
+        ("adapter.target_module=x", "adapter: unknown key 'target_module'; did you mean 'target_modules'"),
         ("adapter.losses={balance: -1}", "losses.balance.weight: expected a number of at least 0"),
         ("adapter.losses={blance: 1}", "no method named 'blance'; did you mean 'balance'"),
         ("data.temprature=2", "data: unknown key 'temprature'; did you mean 'temperature'"),

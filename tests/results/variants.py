@@ -3,10 +3,10 @@
     python -m tests.results.variants --out docs/results        # about two hours on one core; goes on where it was ended
     python -m tests.results.variants --out docs/results --page # the page and the picture alone, from what is there
 
-A variant is one LoRA on all linear layers of the embedded base (or the mixture that it needs). Its rank is the one that
-comes nearest to the parameters of its group's baseline. First one seed, with four learning rates of a common ladder, and
-further ones for as long as the best lies at an end; then the other seeds, with the best and its two neighbours. Writes
-variants.json, run by run, and from it variants.md and variants.png.
+A variant is one LoRA on all linear layers of the embedded base, or the mixture that it needs. Its rank is the one that
+comes nearest to the parameters of its group's baseline. First one seed, with four learning rates of a common ladder,
+and further ones for as long as the best lies at an end; then the other seeds, with the best and its two neighbours.
+Writes variants.json, run by run, and from it variants.md and variants.png.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from moelora.train.compare import _trainable
 from moelora.train.run import train
 
 TASKS = ("reverse", "sort", "shift", "rotate", "count", "sum", "largest", "format")
-STEPS, BATCH, SEEDS = 100, 32, (0, 1, 2)
+STEPS, BATCH, SEEDS = 100, 16, (0, 1, 2)
 LADDER = [1e-3 * 2.5**step for step in range(-4, 8)]
 COMMON = [
     "data.builtin=false",

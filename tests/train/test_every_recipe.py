@@ -15,7 +15,7 @@ from moelora.data.mixture import mix
 from moelora.data.prompts import as_trl
 from moelora.model.write import adapter_tensors
 from moelora.recipe import read_recipe, shipped_recipes
-from moelora.train.run import build_trainer, load_base
+from moelora.train.run import build_trainer, load_base, to_probe
 from tests import tiny
 
 MADE_FIRST = ("local_tasks", "hub_experts_meteora", "hub_experts_smear", "hub_experts_xlora")
@@ -34,25 +34,25 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def data() -> tuple[list[Task], Any]:
-    """The built-in tasks, and their rows as tokens."""
+def data() -> tuple[list[Task], Any, Any]:
+    """The built-in tasks, their rows, and these as tokens."""
     recipe = read_recipe("single", SMALL)
     tasks = load_tasks(recipe.data)
     model, tokenizer = load_base(recipe)
     rows = as_trl(mix(tasks, 1.0, 0), chat=True)
-    return tasks, build_trainer(recipe, model, tokenizer, tasks, rows, None).train_dataset
+    return tasks, rows, build_trainer(recipe, model, tokenizer, tasks, rows, None).train_dataset
 
 
 def run(
-    name: str, data: tuple[list[Task], Any], out: Path, steps: int, *more: str, resume: Path | None = None
+    name: str, data: tuple[list[Task], Any, Any], out: Path, steps: int, *more: str, resume: Path | None = None
 ) -> tuple[Any, Any, dict[str, Tensor]]:
     """The trained model, its trainer, and the adapter's tensors before the first step."""
     recipe = read_recipe(name, [*SMALL, f"training.max_steps={steps}", f"training.output_dir={out}", *more])
     set_seed(1)
     model, tokenizer = load_base(recipe)
-    moelora.adapt(model, recipe.adapter, verbose=False)
+    moelora.adapt(model, recipe.adapter, verbose=False, **to_probe(recipe, model, tokenizer, data[1]))
     start = tensors(model)
-    trainer = build_trainer(recipe, model, tokenizer, data[0], data[1], None)
+    trainer = build_trainer(recipe, model, tokenizer, data[0], data[2], None)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return model, trainer, start
 
@@ -70,7 +70,7 @@ def test_a_hundred_steps(name: str, data: Any, tmp_path: Path) -> None:
     end, trained = tensors(model), tiny.trainable(model)
     for key, value in end.items():
         moved = bool((value != start[key]).any())
-        assert moved == (key in trained or key.endswith("router.bias")), f"{key} {'moved' if moved else 'stayed'}"
+        assert moved == (key in trained or key.endswith(("router.bias", "allocator.b"))), f"{key} {'moved' if moved else 'stayed'}"
 
     moelora.save(model, tmp_path / "saved")
     again = moelora.load(load_base(read_recipe(name))[0], tmp_path / "saved")

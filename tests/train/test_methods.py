@@ -40,12 +40,14 @@ def case(axis: str, name: str, out: Path, **more: Any) -> dict[str, Any]:
     ]
     if name == "loftq":
         overrides += ["quantization_config={load_in_4bit: true, bnb_4bit_quant_type: nf4}", "training.use_cpu=true"]
+    if name == "flexora":
+        overrides += ["adapter.targets.steps=20"]
     if name == "ba_lora":  # its third part depends on how a step is cut into micro-batches
         overrides += ["adapter.losses.ba_lora.svd=0"]
     # A larger rate makes of rounding what it will: differences double every few steps.
     overrides += ["training.learning_rate=5e-4"]
     saved = [f"training.max_steps={STEPS}", "training.save_strategy=steps", f"training.save_steps={STEPS // 2}"]
-    return {"recipe": "meteora", "overrides": [*overrides, *saved], "out": str(out), **more}
+    return {"recipe": "softmax", "overrides": [*overrides, *saved], "out": str(out), **more}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.mark.parametrize(("axis", "name"), METHODS)
 def test_it_trains_alike_everywhere(axis: str, name: str, trained: Callable[[str], Path]) -> None:
     one, two = (losses(trained(axis) / name / engine) for engine in ("one", "zero2"))
-    assert len(one) == STEPS and two == pytest.approx(one, rel=1e-4)
+    assert len(one) == STEPS and two == pytest.approx(one, rel=1e-3)
 
 
 @pytest.mark.parametrize("engine", ["one", "zero2"])
