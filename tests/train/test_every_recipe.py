@@ -70,7 +70,9 @@ def test_a_hundred_steps(name: str, data: Any, tmp_path: Path) -> None:
     end, trained = tensors(model), tiny.trainable(model)
     for key, value in end.items():
         moved = bool((value != start[key]).any())
-        assert moved == (key in trained or key.endswith(("router.bias", "allocator.b"))), f"{key} {'moved' if moved else 'stayed'}"
+        assert moved == (key in trained or key.endswith(("router.bias", "allocator.b"))), (
+            f"{key} {'moved' if moved else 'stayed'}"
+        )
 
     moelora.save(model, tmp_path / "saved")
     again = moelora.load(load_base(read_recipe(name))[0], tmp_path / "saved")
