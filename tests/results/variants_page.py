@@ -92,7 +92,8 @@ def table(rows: list[Row], baseline: Row) -> str:
         rate = f"{made.rate:.1e} of {made.rates}" + (" (at the end)" if made.edge else "")
         loss = f"{mean(made.losses):.3f} ± {half(made.losses):.3f}"
         lines.append(
-            f"| {made.name} | {size} | {made.parameters:,} | {rate} | {loss} | {against} | {100 * mean(made.accuracies):.1f} % | {VARIANTS[made.name].remark} |"
+            f"| {made.name} | {size} | {made.parameters:,} | {rate} | {loss} "
+            f"| {against} | {100 * mean(made.accuracies):.1f} % | {VARIANTS[made.name].remark} |"
         )
     return "\n".join([*lines, ""])
 
