@@ -28,10 +28,11 @@ from moelora.data.prompts import as_trl, uses_chat
 from moelora.model.adapt import attach
 from moelora.model.adapters import is_lora
 from moelora.model.base import base_source
-from moelora.model.config import resolve
+from moelora.model.config import build_init, resolve
 from moelora.model.layer import RoutedLinear
 from moelora.model.quantised import empty, form, size_of
 from moelora.model.record import adaptation, routed_layers
+from moelora.model.sites import batches_needed, build_targets
 from moelora.model.sources import check_fit, open_sources
 from moelora.recipe import Recipe, deepspeed_options
 from moelora.train.activations import kept, loss_buffer
@@ -237,9 +238,16 @@ def _memory(
     else:
         how = f"{batch['tokens_at_most']:,} tokens{', checkpointed' if checkpointing else ''}"
         parts.append(Part("activations", most.most(checkpointing), 0, dtype, how))
+    record = adaptation(model)
+    if build_init(record.config, record.methods).probes == "weights":
+        missing.append(f"base: init {record.config.init['name']} reads it unquantised, too, in the first process")
+    if batches_needed(record.config, record.methods)[0]:
+        missing.append("probing: what looks at batches before training runs the base model, and keeps some gradients")
+    if build_targets(record.config, record.methods).batches:
+        missing.append(f"layers: targets {record.config.targets['name']} chooses some by data; all it may are counted")
     if arguments.label_smoothing_factor:
         missing.append("loss: label smoothing has all logits at once")
-    elif any(loss.reads == "logits" for loss in adaptation(model).losses.values()):
+    elif any(loss.reads == "logits" for loss in record.losses.values()):
         missing.append("loss: an auxiliary one reads all logits, those of the base model too")
     else:
         size = loss_buffer(model, batch["tokens_at_most"], known.half)

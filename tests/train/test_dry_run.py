@@ -308,6 +308,22 @@ def test_activations_of_models_that_do_not_state_their_shape_are_not_predicted(t
     assert eager["memory"]["missing"] == ["activations: eager attention keeps all its scores"]
 
 
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ({"init": {"name": "eva"}}, ["probing: what looks at batches before training"]),
+        ({"targets": {"name": "flexora"}}, ["probing: what looks", "layers: targets flexora chooses some by data"]),
+        ({"targets": {"name": "flexora", "blocks": [0]}}, []),
+        ({"losses": {"ba_lora": {"weight": 1.0}}}, ["loss: an auxiliary one reads all logits"]),
+    ],
+)
+def test_what_methods_take_besides_is_said_to_be_left_out(adapter: Any, said: list[str], tmp_path: Path) -> None:
+    given = recipe(tmp_path)
+    given = given.model_copy(update={"adapter": given.adapter.model_copy(update=adapter)})
+    found = plan(given)["memory"]["missing"]
+    assert len(found) == len(said) and all(line.startswith(start) for line, start in zip(found, said, strict=True))
+
+
 def test_an_optimiser_whose_states_are_not_known_is_not_guessed(tmp_path: Path) -> None:
     found = plan(recipe(tmp_path, optim="adafactor"))
     assert any(line.startswith("optimiser states: those of adafactor") for line in found["memory"]["missing"])
