@@ -4,6 +4,7 @@
     moelora.save(model, "out/")
     model = moelora.load(base_model, "out/")
     with moelora.disabled(model): ...
+    with moelora.merged(model): ...
 
 Names are imported when first used, so that ``import moelora`` is instant.
 """
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from moelora.model.routed import disabled as disabled
     from moelora.model.save import load as load
     from moelora.model.save import save as save
+    from moelora.tools.export.merge import merge as merge
+    from moelora.tools.export.merge import merged as merged
     from moelora.train.trainer import MoeLoraTrainer as MoeLoraTrainer
 
 _HOME = {
@@ -29,6 +32,8 @@ _HOME = {
     "collect": "moelora.model.routed",
     "disabled": "moelora.model.routed",
     "load": "moelora.model.save",
+    "merge": "moelora.tools.export.merge",
+    "merged": "moelora.tools.export.merge",
     "save": "moelora.model.save",
     "MoeLoraTrainer": "moelora.train.trainer",
 }

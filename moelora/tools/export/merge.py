@@ -3,12 +3,14 @@
     W' = (1 + d) W + sum_e g_e s_e B_e A_e,    b' = (1 + d) b + sum_e g_e shift_e,    d = sum_e g_e stretch_e
 
 (d is zero but for DoRA experts) computed in float32 (float64 for float64 weights) and rounded once to the dtype of the
-file. ``merge_files`` does it file by file, one weight in memory at a time; ``merge`` does it to a model in memory.
+file. ``merge_files`` does it file by file, one weight in memory at a time; ``merge`` does it to a model in memory, and
+``merged`` for as long as a context lasts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,34 @@ def merge(model: Any, task: int | None = None) -> Any:
     """
     merge_weights(model, task)
     return model
+
+
+@contextmanager
+def merged(model: Any, task: int | None = None) -> Iterator[Any]:
+    """Inside, ``model`` is as ``merge`` leaves it, and costs what the base model does; afterwards it has its experts
+    again, and weights are what they were, bit for bit (a copy of those that change is kept meanwhile).
+
+        with moelora.merged(model):
+            model.generate(...)
+
+    Raises as ``merge`` does.
+    """
+    cls, record, found = type(model), adaptation(model), deltas(model, task)
+    replaced = [(path, m) for path, m in model.named_modules() if isinstance(m, RoutedLinear | TrainedCopy)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    kept = [(p, p.detach().clone()) for delta in found.values() for p in delta.layer.base_layer.parameters()]
+    try:
+        merge_weights(model, task)
+        yield model
+    finally:
+        with torch.no_grad():
+            for parameter, value in kept:
+                parameter.copy_(value)
+        for path, module in replaced:
+            _put(model, path, module)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        model.__class__, model.moelora = cls, record
 
 
 @torch.no_grad()
