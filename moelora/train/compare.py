@@ -98,7 +98,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _refuse_unequal(recipes: dict[str, Recipe], share: float, plugins: Iterable[str | Path]) -> None:
-    counts = {name: _trainable(recipe, plugins) for name, recipe in recipes.items()}
+    counts = {name: trainable_parameters(recipe, plugins) for name, recipe in recipes.items()}
     mean = sum(counts.values()) / len(counts)
     if any(abs(count - mean) > share * mean for count in counts.values()):
         listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
@@ -107,7 +107,8 @@ def _refuse_unequal(recipes: dict[str, Recipe], share: float, plugins: Iterable[
         )
 
 
-def _trainable(recipe: Recipe, plugins: Iterable[str | Path]) -> int:
+def trainable_parameters(recipe: Recipe, plugins: Iterable[str | Path] = ()) -> int:
+    """How many parameters a recipe trains, from the base model's configuration alone. Raises ConfigError."""
     source, options = base_source(recipe.base_model), revision_of(recipe)
     try:
         config = AutoConfig.from_pretrained(source, **options)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from moelora.core.errors import MoeloraError
 from moelora.recipe import read_recipe
-from moelora.train.compare import _trainable
+from moelora.train.compare import trainable_parameters
 from moelora.train.run import train
 
 TASKS = ("reverse", "sort", "shift", "rotate", "count", "sum", "largest", "format")
@@ -133,7 +133,9 @@ def parameters(variant: Variant, size: int) -> int:
     more = variant.more
     if more.get("targets", {}).get("name") == "flexora":
         more = {**more, "targets": {**more["targets"], "blocks": [0, 1]}}
-    return _trainable(recipe_of(Variant(variant.experts, more, sized=variant.sized), size, 1.0, 0, Path("out")), ())
+    return trainable_parameters(
+        recipe_of(Variant(variant.experts, more, sized=variant.sized), size, 1.0, 0, Path("out"))
+    )
 
 
 def size_for(variant: Variant, wanted: int) -> int:

@@ -17,7 +17,7 @@ from moelora.data.prompts import as_trl, uses_chat
 from moelora.model.base import load_model
 from moelora.model.record import routed_layers
 from moelora.recipe import read_recipe
-from moelora.train.compare import _trainable
+from moelora.train.compare import trainable_parameters
 from moelora.train.run import build_trainer, load_base, sft_config, to_probe, train
 from tests import tiny
 
@@ -90,4 +90,4 @@ def test_zero3_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("init", INITS)
 def test_parameters_are_counted_without_data_or_weights(tmp_path: Path, init: str) -> None:
-    assert _trainable(recipe(tmp_path, init), ()) > 0
+    assert trainable_parameters(recipe(tmp_path, init), ()) > 0
