@@ -6,9 +6,9 @@ of any router:
 
     A = V^T,     y = W x + s B (sum_e g_e M_e) A x
 
-    start: zero_core   B = U, M_e = 0                       the base model, bit for bit; M learns first
-           spectral    B = U, M_e = diag(S) / s             and U diag(S) V^T is subtracted with each gate
-           code        A as in LoRA, B = 0, M_e ~ U(+-1 / sqrt(r))
+    start: zero_core    B = U, M_e = 0                      the base model, bit for bit; M learns first
+    start: spectral     B = U, M_e = diag(S) / s            and U diag(S) V^T is subtracted with each gate
+    start: code         A as in LoRA, B = 0, M_e ~ U(+-1 / sqrt(r))
 
 Shapes: basis_A (A) [r, D] is frozen, up (B) [O, r], middle (M) [E, r, r]. A and B are one for all experts of a layer.
 

@@ -11,7 +11,7 @@ gradient at this theta. K > 0 (as in the paper): theta takes K steps of SGD (``l
 through them (``moelora.core.unrolled``), for which attention is computed by plain products. Chosen are the blocks with
 alpha > 0, or the best ``count``; if there is none, the best. They go into the run's recipe as ``blocks``, so loading
 and resuming do not choose again. theta is thrown away; router, experts and ranks of the run have no part in the choice.
-Batches are the run's: the first ``validation`` are held out, the others trained on, over and over for ``steps``.
+Batches have 8 of the run's first rows: the first ``validation`` are held out, the others trained on, again and again.
 
 Differences from the released code: it scales by omega three times over (dropout, A and B), and its optimiser forgets
 its moments every step; it draws 8 held-out batches of 200 rows anew each time; it takes 625 steps of 8 rows; dropout is
