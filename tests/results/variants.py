@@ -5,8 +5,8 @@
 
 A variant is one LoRA on all linear layers of the embedded base, or the mixture that it needs. Its rank is the one that
 comes nearest to the parameters of its group's baseline. First one seed, with four learning rates of a common ladder,
-and further ones for as long as the best lies at an end; then the other seeds, with the best and its two neighbours.
-Writes variants.json, run by run, and from it variants.md and variants.png.
+and further ones for as long as the best lies at an end; then the other seeds, with the best and those of its two
+neighbours that come near it. Writes variants.json, run by run, and from it variants.md and variants.png.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from moelora.train.run import train
 
 TASKS = ("reverse", "sort", "shift", "rotate", "count", "sum", "largest", "format")
 STEPS, BATCH, SEEDS = 100, 16, (0, 1, 2)
-LADDER = [1e-3 * 2.5**step for step in range(-4, 8)]
+CLOSE = 0.1
+"""Neighbours that are worse than the best by more, with the first seed, are left out."""
+LADDER = [1e-3 * 2.5**step for step in range(-4, 10)]
 COMMON = [
     "data.builtin=false",
     "data.tasks={" + ", ".join(f"{task}: {{path: builtin/{task}}}" for task in TASKS) + "}",
@@ -189,22 +191,23 @@ def searches(found: Found, names: list[str]) -> Iterator[None]:
     counts = {group: parameters(VARIANTS[name], size) for group, (name, size) in BASELINES.items()}
     sizes = {name: size_for(VARIANTS[name], counts[VARIANTS[name].group]) if VARIANTS[name].sized else 0
              for name in names}  # fmt: skip
-    best: dict[str, int] = {}
+    close: dict[str, list[int]] = {}
     for name in names:
         tried = list(range(VARIANTS[name].first, VARIANTS[name].first + 4))
         while True:
             losses = {step: found.loss(name, sizes[name], step, SEEDS[0]) for step in tried}
-            best[name] = min(losses, key=lambda step: losses[step])
-            if best[name] == tried[0] > 0:
+            best = min(tried, key=lambda step: losses[step])
+            if best == tried[0] > 0:
                 tried.insert(0, tried[0] - 1)
-            elif best[name] == tried[-1] < len(LADDER) - 1:
+            elif best == tried[-1] < len(LADDER) - 1:
                 tried.append(tried[-1] + 1)
             else:
                 break
+        close[name] = [step for step in tried if abs(step - best) < 2 and losses[step] < losses[best] + CLOSE]
         yield
     for name in names:
         for seed in SEEDS[1:]:
-            for step in range(max(0, best[name] - 1), min(len(LADDER), best[name] + 2)):
+            for step in close[name]:
                 found.loss(name, sizes[name], step, seed)
         yield
 

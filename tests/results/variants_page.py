@@ -145,9 +145,9 @@ Held-out loss in nats per answer token, mean over the {len(TASKS)} built-in task
 {BATCH} rows on the embedded base of 1.3 million parameters, all linear layers adapted, AdamW with a cosine schedule.
 Each variant has the rank that brings it nearest to its group's number of parameters. Learning rates are of one ladder,
 {LADDER[0]:.1e} times 2.5 to the n: four at least with one seed, further ones while the best lies at an end; then the
-best and its neighbours with all three seeds, and of these the best by the mean. ±: half the 95 % interval by Student's
-t over three seeds. Against LoRA: differences with the same seed, so the same rows in the same order. All runs:
-[variants.json](variants.json).
+best, and neighbours within 0.1 of it, with all three seeds, and of these the best by the mean. ±: half the 95 %
+interval by Student's t over three seeds. Against LoRA: differences with the same seed, so the same rows in the same
+order. All runs: [variants.json](variants.json).
 
 ![differences from LoRA](variants.png)
 """
