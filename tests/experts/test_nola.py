@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from moelora.core.errors import ConfigError
 from moelora.experts import nola
-from moelora.experts.nola import NOLA, drawn
+from moelora.experts.nola import NOLA, drawn, mixed
 from moelora.model.adapt import parameter_counts
 from moelora.model.record import routed_layers
 from moelora.model.write import adapter_tensors
@@ -20,6 +22,7 @@ from tests import tiny
 from tests.experts import usual
 
 ALPHA, R, K = 6.0, 3, 10
+CPU = torch.device("cpu")
 
 
 def experts(num_experts: int = 3, **more: Any) -> dict[str, Any]:
@@ -33,9 +36,23 @@ def stored(own: NOLA) -> tuple[Tensor, Tensor, Tensor]:
     bounds = [1 / math.sqrt(wide), 1 / math.sqrt(own.alpha.shape[1]), 1 / math.sqrt(own.alpha.shape[1])]
     found = []
     for seed, shape, bound in zip(own.seeds, shapes, bounds, strict=True):
-        made = torch.Generator().manual_seed(seed)
-        found.append(((torch.rand(shape, generator=made) - 0.5) * (2 * bound)).double())
+        numbers = hashed(math.prod(shape), seed) >> np.uint32(8)
+        uniform = torch.from_numpy(numbers.astype(np.float32)).view(shape) / 2**24
+        found.append(((uniform - 0.5) * (2 * bound)).double())
     return found[0], found[1], found[2]
+
+
+def hashed(count: int, seed: int) -> np.ndarray:
+    """The documented hash of 0 to count - 1, in arithmetic that wraps at 32 bits."""
+
+    def mix(x: np.ndarray, first: Any = 0, second: Any = 0) -> np.ndarray:
+        x = x ^ np.uint32(first)
+        x = (x ^ (x >> np.uint32(16))) * np.uint32(0x21F0AAAD)
+        x = (x ^ (x >> np.uint32(15)) ^ np.uint32(second)) * np.uint32(0x735A2D97)
+        return x ^ (x >> np.uint32(15))
+
+    key = mix(np.array([seed], dtype=np.uint32), 0x1E3779B9)
+    return mix(np.arange(count, dtype=np.uint32), key[0], mix(key)[0])
 
 
 @pytest.mark.parametrize(("router", "E"), [("softmax", 3), ({"name": "meteora", "top_k": 2}, 4), ("single", 1)])
@@ -75,20 +92,54 @@ def test_the_gradient_of_a_weight_is_the_product_with_its_basis() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 7, 100, 1 << 22])
 def test_the_numbers_do_not_depend_on_how_many_are_drawn_at_once(chunk: int, monkeypatch: Any) -> None:
-    whole = torch.cat([rows for _, rows in drawn(5, 11, 13)])
+    whole = torch.cat([rows for _, rows in drawn(5, 11, 13, CPU)])
     monkeypatch.setattr(nola, "CHUNK", chunk)
-    parts = list(drawn(5, 11, 13))
+    monkeypatch.setattr(nola, "PIECE", chunk // 3 + 1)
+    parts = list(drawn(5, 11, 13, CPU))
     assert torch.equal(torch.cat([rows for _, rows in parts]), whole)
     assert all(rows.numel() <= max(chunk, 13) for _, rows in parts)
     assert whole.abs().max() <= 1 / math.sqrt(11)
 
 
 def test_the_numbers_are_the_same_everywhere() -> None:
-    """What a later version of torch draws has to be these, or saved adapters mean something else."""
-    ((_, rows),) = drawn(0, 1, 4)
-    assert (rows * 2**23).tolist() == [[-62804.0, 4500015.0, -6904203.0, -6173504.0]]
-    ((_, rows),) = drawn(1, 4, 1)
-    assert (rows * 2**24).flatten().tolist() == [4322341.0, -3702549.0, -1626228.0, 3937352.0]
+    """Others would make saved adapters mean something else."""
+    ((_, rows),) = drawn(0, 1, 4, CPU)
+    assert (rows * 2**23).tolist() == [[3413567.0, 3300135.0, 2667569.0, -3255082.0]]
+    ((_, rows),) = drawn(1, 4, 1, CPU)
+    assert (rows * 2**24).flatten().tolist() == [7414362.0, 7377463.0, -4372579.0, -7029808.0]
+
+
+def test_the_numbers_are_spread_evenly_and_streams_have_nothing_in_common() -> None:
+    count = 1 << 18
+    streams = [
+        torch.cat([rows for _, rows in drawn(seed, 1, count, CPU, 0.5)]).flatten() for seed in (0, 1, 2, 1 << 16)
+    ]
+    for stream in streams:
+        assert abs(float(stream.mean())) < 5 / math.sqrt(12 * count)
+        buckets = torch.histc(stream, 256, -0.5, 0.5)
+        chi = float(((buckets - count / 256).square() / (count / 256)).sum())
+        assert 160 < chi < 360  # 255 degrees of freedom
+        for lag in (1, 2, 64, 4096):
+            assert abs(float((stream[lag:] * stream[:-lag]).mean())) * 12 < 5 / math.sqrt(count - lag)
+    for one, two in itertools.combinations(streams, 2):
+        assert abs(float((one * two).mean())) * 12 < 5 / math.sqrt(count)
+        assert len(set(one[:1000].tolist()) & set(two.tolist())) < 1000 * count / 2**24 * 3 + 10
+
+
+def test_a_mix_is_a_permutation() -> None:
+    """Of 32-bit numbers: every step has an inverse, which is written out here."""
+
+    def back(x: int, first: int, second: int) -> int:
+        x = x ^ (x >> 15) ^ (x >> 30)
+        x = x * pow(0x735A2D97, -1, 2**32) % 2**32 ^ second
+        x = x ^ (x >> 15) ^ (x >> 30)
+        x = x * pow(0x21F0AAAD, -1, 2**32) % 2**32
+        return x ^ (x >> 16) ^ first
+
+    for x in (0, 1, 77, 2**31 - 1, 0x12345678, -1, -77, -(2**31)):
+        for keys in ((0, 0), (5, 2**30 + 9)):
+            found = int(mixed(torch.tensor([x], dtype=torch.int32), *keys))
+            assert back(found % 2**32, *keys) == x % 2**32
 
 
 def test_forward_leaves_the_random_state_alone_and_is_the_same_again() -> None:
@@ -181,7 +232,7 @@ def test_constant_gates_are_one_plain_lora(tmp_path: Path) -> None:
 
 
 def test_seeds_that_a_generator_would_fold_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"experts\.nola\.seed: .*less than 65536, found 65536"):
-        usual.llama(experts(seed=2**16))
+    with pytest.raises(ConfigError, match=r"experts\.nola\.seed: .*less than 32768, found 32768"):
+        usual.llama(experts(seed=2**15))
     with pytest.raises(ConfigError, match=r"router 'comol' is for experts with one A for all; experts 'nola'"):
         usual.llama(experts(), "comol")
