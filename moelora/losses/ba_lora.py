@@ -7,13 +7,13 @@ Language Models", arXiv 2408.04556, version 6 (ICLR 2026), its form for text. Z 
 that count (``tokens: answers``: those whose prediction carries loss), in float32, sigma their singular values; p is
 softmax(Z / T) for the first part and softmax(Z) for the second, over its ``top`` likeliest words where that is given;
 both are means over tokens. p_base is the base model's, without experts: one more pass of it in every step of training,
-without gradients, with such dropout as it has. The paper starts experts by ``init: pissa``; here that leaves the base as it is, too.
+without gradients, with such dropout as it has. The paper starts experts by ``init: pissa``, which leaves p_base alone.
 
 Defaults: consistency 0.025, diversity 0.005, svd 0.005, k 10, as in the paper; T (temperature) and the number of words
 are not in what was read of it: 1 and all of them, as in the released code, are ours.
 
 Differences from the released code: its base is what PiSSA has left of the model; its singular values are those of all
-positions, padding too. Theirs to us: its form for classification (covariances between classes) is not here.
+positions, padding too. Its form for classification, with covariances between classes, is not here.
 
 The singular values are of one micro-batch of one process: the third part differs by how a step is cut into these. It
 holds the micro-batch's logits, and those of the base, in float32: 4 M V bytes several times over.
