@@ -120,6 +120,8 @@ def picture(rows: Mapping[str, Row], file: Path) -> None:
         for group, head in HEADS.items()
         if BASELINES[group][0] in rows
     ]
+    if not groups:
+        return
     figure = Figure(figsize=(8, 0.27 * sum(len(own) for _, _, own in groups) + 1.6), layout="constrained")
     axes = figure.subplots(len(groups), 1, height_ratios=[len(own) for _, _, own in groups], squeeze=False)[:, 0]
     for axis, (head, baseline, own) in zip(axes, groups, strict=True):
@@ -160,5 +162,6 @@ CAVEATS = """## How to read it
 - Many intervals at 95 %: of thirty variants that do nothing, one or two would be called better or worse.
 - Three seeds make wide intervals (t is 4.3): not told apart does not mean equal.
 - Other options than the learning rate are the defaults, which are those of larger models.
+- Seconds in variants.json were taken beside other work, and compare nothing.
 - LoftQ needs a quantised base, which is another baseline, and is left out.
 """
