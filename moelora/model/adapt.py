@@ -62,7 +62,10 @@ def adapt(
     resolved = resolve(config, methods)
     given = None if batches is None else list(itertools.islice(batches, batches_needed(resolved, methods)[0]))
     if not blank:
-        resolved = decided(model, resolved, methods, given)
+        asked, resolved = resolved.targets, decided(model, resolved, methods, given)
+        if verbose and main_process() and resolved.targets != asked:
+            found = {key: value for key, value in resolved.targets.items() if value != asked[key]}
+            print(f"targets {asked['name']} chose {', '.join(f'{key} {value}' for key, value in found.items())}")
     sources = open_sources(resolved.experts.adapters)
     modules = full_modules(model, sources, resolved)
     init = build_init(resolved, methods)

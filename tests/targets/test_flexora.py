@@ -136,6 +136,14 @@ CONFIG: dict[str, Any] = {
 }
 
 
+def test_what_was_chosen_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    model = moelora.adapt(tiny.llama(num_hidden_layers=LAYERS), CONFIG, batches=BATCHES)
+    blocks = model.moelora.config.targets["blocks"]
+    assert f"targets flexora chose blocks {blocks}\n" in capsys.readouterr().out
+    moelora.adapt(tiny.llama(), {**CONFIG, "targets": {"name": "flexora", "blocks": [0]}}, batches=BATCHES)
+    assert "chose" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("unroll", [0, 1])
 def test_a_model_is_adapted_in_the_chosen_blocks_and_loads_without_data(unroll: int, tmp_path: Path) -> None:
     config = {**CONFIG, "targets": {**CONFIG["targets"], "unroll_steps": unroll}}
