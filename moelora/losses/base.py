@@ -42,6 +42,9 @@ class Loss:
         if tokens != "all" and self.of_tokens == "none":
             name = type(self).__module__.rpartition(".")[2]
             raise ConfigError(f"losses.{name} is about the experts and counts no tokens; leave out tokens: {tokens}")
+        wanted = "__call__" if self.reads == "layers" else "of_logits"
+        if getattr(type(self), wanted) is getattr(Loss, wanted):
+            raise TypeError(f"{type(self).__name__} reads {self.reads} and has no {wanted}")
         self.weight, self.tokens = weight, tokens
 
     def admit(self, units: int) -> None:
@@ -52,14 +55,14 @@ class Loss:
 
         A product of two means over tokens is given as a ``Product`` (``product`` makes one).
         """
-        raise NotImplementedError(f"{type(self).__name__} reads layers and has no __call__")
+        raise NotImplementedError
 
     def of_logits(self, logits: Tensor, base: Callable[[], Tensor]) -> Tensor:
         """The term of the model, of the logits [M, V] of the M tokens that count, float32; zero with a graph for M = 0.
 
         base(): those of the base model [M, V], without gradient, from a pass that is made when it is first asked for.
         """
-        raise NotImplementedError(f"{type(self).__name__} reads logits and has no of_logits")
+        raise NotImplementedError
 
 
 def token_mean(values: Tensor, mask: Tensor | None) -> Tensor:

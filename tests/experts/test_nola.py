@@ -65,9 +65,7 @@ def test_equals_the_formula_with_stored_bases(router: Any, E: int, monkeypatch: 
         rows, gates = [], []
         for t in range(len(x)):
             scores = w["Wg"] @ x[t] if E > 1 else x.new_zeros(1)
-            chosen = sorted(range(E), key=lambda e, s=scores: -s[e].item())[: 2 if E == 4 else E]
-            total = sum(scores[e].exp() for e in chosen)
-            gate = [scores[e].exp() / total if e in chosen else x.new_zeros(()) for e in range(E)]
+            gate = usual.best(scores, 2 if E == 4 else E)
             y = w["W"] @ x[t] + w["b"]
             for e in range(E):
                 A = A0[e] + sum(w["alpha"][e, i] * A_i[i] for i in range(K))

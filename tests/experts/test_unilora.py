@@ -61,9 +61,7 @@ def test_equals_the_formula(router: Any, E: int) -> None:
         rows, gates = [], []
         for t in range(len(x)):
             scores = w["Wg"] @ x[t] if E > 1 else x.new_zeros(1)
-            chosen = sorted(range(E), key=lambda e, s=scores: -s[e].item())[: 2 if E == 4 else E]
-            total = sum(scores[e].exp() for e in chosen)
-            gate = [scores[e].exp() / total if e in chosen else x.new_zeros(()) for e in range(E)]
+            gate = usual.best(scores, 2 if E == 4 else E)
             y = w["W"] @ x[t] + w["b"]
             for e in range(E):
                 part = slice(e * R, (e + 1) * R)

@@ -26,6 +26,13 @@ def toy(experts: dict[str, Any], router: Any = "softmax", **more: Any) -> tuple[
     return model, model.lin
 
 
+def best(scores: Tensor, top: int) -> list[Tensor]:
+    """The gates of one token, of its scores [E]: a softmax over the ``top`` best, written out; zero for the rest."""
+    chosen = sorted(range(len(scores)), key=lambda e: -scores[e].item())[:top]
+    total = sum(scores[e].exp() for e in chosen)
+    return [scores[e].exp() / total if e in chosen else scores.new_zeros(()) for e in range(len(scores))]
+
+
 def llama(experts: dict[str, Any], router: Any = "meteora", dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     """An adapted llama, as it starts."""
     config = {"experts": experts, "router": router, "target_modules": tiny.TARGETS["llama"], **more}

@@ -71,7 +71,7 @@ def test_what_must_hold_of_each_part() -> None:
 def test_no_token_is_zero_with_a_graph() -> None:
     Z = torch.randn(3, 5, requires_grad=True)
     value = BALoRA(1.0).of_logits(Z[:0], lambda: Z[:0].detach())
-    assert float(value) == 0 and not torch.autograd.grad(value, Z)[0].any()
+    assert float(value.detach()) == 0 and not torch.autograd.grad(value, Z)[0].any()
 
 
 def model_with(losses: Any, kind: str = "llama", **more: Any) -> Any:

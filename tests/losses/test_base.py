@@ -15,7 +15,7 @@ from torch import nn
 import moelora
 from moelora.core.errors import ConfigError, MoeloraError
 from moelora.core.methods import Methods
-from moelora.losses.base import token_entropy, token_mean
+from moelora.losses.base import Loss, token_entropy, token_mean
 from moelora.losses.z import Z
 from tests import tiny
 
@@ -43,6 +43,14 @@ def test_token_entropy_is_in_nats_and_safe_at_zero() -> None:
     entropy = token_entropy(probs)
     assert entropy.tolist() == pytest.approx([math.log(2), 0])
     assert torch.autograd.grad(entropy.sum(), probs)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(("reads", "method"), [("layers", "__call__"), ("logits", "of_logits")])
+def test_a_loss_without_its_term_cannot_be_made(reads: str, method: str) -> None:
+    other = {"__call__": "of_logits", "of_logits": "__call__"}[method]
+    made = type("Mine", (Loss,), {"reads": reads, other: lambda *_: None})
+    with pytest.raises(TypeError, match=f"Mine reads {reads} and has no {method}"):
+        made(1.0)
 
 
 def test_negative_weight_is_refused() -> None:

@@ -39,7 +39,7 @@ def test_the_term_is_added_and_logged(tmp_path: Path) -> None:
     (expected, _), (found, _) = gradients(plain, [batch]), gradients(read, [batch])
     with moelora.collect(read.model) as collected:
         read.model(**{key: value for key, value in batch.items() if key != "task_ids"}, task_ids=batch["task_ids"])
-    term = float(collected.terms[0]["ba_lora"])
+    term = float(collected.terms[0]["ba_lora"].detach())
     assert abs(term) > 0.01 and found == pytest.approx(expected + 2 * term, rel=1e-5)
     assert read._metrics["train"]["aux/ba_lora"] == [pytest.approx(term, rel=1e-5)]
 
